@@ -1,0 +1,723 @@
+"""Collaborative IDs: k-means codebooks, and the feature bank that serves each user's codes (torch, numpy only).
+
+    python codebook.py bank   --profiles DIR --out DIR                 the bank: user id → codes, memory-mapped
+    python codebook.py lookup --bank DIR USER...                       codes of users; exit code 4 if one is unknown
+    python codebook.py cards  --profiles DIR --data DIR [--out FILE]   what each ID means, as Markdown tables
+    python codebook.py score  --profiles DIR --data DIR --out FILE     IDs against known groups (planted data)
+    python codebook.py bench  [--rows N] [--users N]                   speed of k-means and of the bank
+
+A code is counted from 0 in arrays named `ids` and from 1 in a bank and in cards, where 0 means "unknown user".
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Fault(Exception):
+    """A foreseeable fault: a sentence for the user and the exit code (2 usage, 3 access or network, 4 bad data)."""
+
+    def __init__(self, code: int, text: str):
+        super().__init__(text)
+        self.code = code
+
+
+class Progress(tqdm):
+    """A bar with ETA on a terminal, else a plain line every ten seconds."""
+
+    def __init__(self, *args, **kwargs):
+        self.plain = not sys.stderr.isatty()
+        super().__init__(*args, mininterval=10 if self.plain else 0.2, **kwargs)
+
+    def display(self, *args, **kwargs):
+        if self.plain:
+            print(str(self), file=sys.stderr, flush=True)
+        else:
+            super().display(*args, **kwargs)
+
+    def close(self):
+        if self.plain and not self.disable:
+            self.display()
+            self.disable = True                                        # tqdm's own close would add a blank line
+        super().close()
+
+
+# --------------------------------------------------------------------------------------------------- k-means
+
+class Clusters(NamedTuple):
+    """A codebook and who uses which code."""
+    centroids: Tensor      # [K, d] fp32
+    ids: Tensor            # [N] int64, the nearest code
+    inertia: float         # Σ squared distance to the nearest of the centroids returned
+    history: list[float]   # inertia at the start of each iteration; never rises (beyond fp32 rounding)
+
+
+def chunk_rows(x: Tensor) -> int:
+    """Rows per chunk: 32 MB on a CPU (few enough thread barriers), a GPU wants larger pieces."""
+    return max(1, (2**23 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
+
+
+@torch.no_grad()
+def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of each row: x [N, d], centroids [K, d] -> (ids [N] int64, squared distances [N] fp32).
+
+    Both are moved by the centroids' mean first (|x|² − 2xc + |c|² cancels badly far from 0); ties go to the lower id.
+    """
+    shift = centroids.mean(0)
+    c, ids, distances = (centroids - shift).float(), [], []
+    half = 0.5 * c.square().sum(1)                                     # (K,)
+    for part in x.split(chunk or chunk_rows(x)):
+        part = (part - shift).float()                                  # (n, d)
+        ids.append(torch.addmm(half, part, c.T, alpha=-1).argmin(1))
+        distances.append((part - c[ids[-1]]).square().sum(1))
+    return torch.cat(ids), torch.cat(distances)
+
+
+def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn in proportion to its squared distance."""
+    draw = lambda: torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
+    norms, nearest, chosen = torch.linalg.vector_norm(x, dim=1).square(), None, [int(draw() * len(x))]
+    while len(chosen) < k:
+        c = x[chosen[-1]]
+        distance = (norms - 2 * (x @ c) + c @ c).clamp_min(0)          # (N,)
+        nearest = distance if nearest is None else torch.minimum(nearest, distance)
+        nearest[chosen] = 0
+        mass = nearest.double().cumsum(0)
+        point = draw()
+        if mass[-1] > 0:
+            chosen.append(min(int(torch.searchsorted(mass, point * mass[-1], right=True)), len(x) - 1))
+        else:                                                          # fewer distinct points than codes
+            chosen.append(int(point * len(x)))
+    return x[chosen]
+
+
+def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
+    """One assignment of x [N, d] to c [K, d]: updates ids [N] and sums [K, d] (fp64) in place, returns how many moved.
+
+    Only rows that moved change the sums (ours), as a signed one-hot product: after a few iterations they are few.
+    ids start at −1, which is no code's row. The squared norms of x cancel in the argmin and are never needed.
+    """
+    codes, half, moved = torch.arange(len(c), device=x.device)[:, None], 0.5 * c.square().sum(1), 0
+    for part, old in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x))):
+        new = torch.addmm(half, part, c.T, alpha=-1).argmin(1)         # (n,)
+        who = (new != old).nonzero().flatten()                         # (m,)
+        if len(who):
+            rows = part if len(who) == len(part) else part[who]
+            sums += ((codes == new[who]).float() - (codes == old[who]).float()) @ rows      # (K, m) @ (m, d)
+            old.copy_(new)
+            moved += len(who)
+    return moved
+
+
+def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """New centroids [K, d]. An empty code takes the row farthest from its own centroid, away from its old cluster.
+
+    Several empty codes take several rows (as scikit-learn does). A cluster that lost its only row stays where it was.
+    """
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        sums, counts = sums.clone(), counts.clone()
+        distance = torch.cat([(part - c[own]).square().sum(1)
+                              for part, own in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x)))])
+        for code, row in zip(empty, distance.topk(len(empty)).indices.tolist()):
+            sums[ids[row]] -= x[row]
+            counts[ids[row]] -= 1
+            sums[code], counts[code] = x[row], 1
+    return torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), c)
+
+
+def lloyd(x: Tensor, c: Tensor, iters: int) -> tuple[Tensor, list[float]]:
+    """At most `iters` Lloyd iterations from c [K, d]; stops when no row moves. Returns (centroids, history)."""
+    ids = torch.full((len(x),), -1, device=x.device)
+    sums = torch.zeros(c.shape, dtype=torch.float64, device=x.device)
+    total = torch.linalg.vector_norm(x, dim=1).double().square().sum()
+    history = []
+    for _ in range(iters):
+        moved, wide = sweep(x, c, ids, sums), c.double()
+        counts = ids.bincount(minlength=len(c))
+        # Σ|x − c|² = Σ|x|² − 2 Σ_k s_k·c_k + Σ_k n_k |c_k|²: K × d work instead of N × d
+        inertia = total - 2 * (sums * wide).sum() + (counts * wide.square().sum(1)).sum()
+        history.append(max(0.0, float(inertia)))
+        if not moved:
+            break
+        c = means(x, c, ids, sums, counts)
+    return c, history
+
+
+@torch.no_grad()
+def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor | None = None,
+           generator: torch.Generator | None = None) -> Clusters:
+    """Lloyd's k-means (paper, quantisation module: one codebook per profile). x [N, d], any float dtype and device.
+
+    Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that equal
+    data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored). Exactly
+    `iters` iterations unless no row moves any more. Extra memory: one centred fp32 copy of x, and 8 bytes a row.
+    The default generator is seeded with 0; the global one is never used.
+    Raises Fault 2 for a bad shape, k < 1, k > N or an init that does not fit; Fault 4 for NaN or infinite values.
+    """
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise Fault(2, f"k-means needs a table [rows, dimensions], got the shape {list(x.shape)}")
+    if not 1 <= k <= len(x):
+        raise Fault(2, f"k-means with {k} codes needs at least {max(k, 1)} rows and one code, got {len(x)} rows")
+    if iters < 0 or n_init < 1:
+        raise Fault(2, f"k-means needs iters >= 0 and n_init >= 1, got {iters} and {n_init}")
+    if init is not None and init.shape != (k, x.shape[1]):
+        raise Fault(2, f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    mean = x.mean(0)
+    centred = (x - mean).float()                                       # (N, d)
+    finite = torch.linalg.vector_norm(centred, dim=1).square().isfinite()
+    if not finite.all() or init is not None and not init.isfinite().all():
+        bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+        where = f"row {bad[0]} is the first of {len(bad)}" if bad else "in init, or the squares overflow"
+        raise Fault(4, f"k-means got NaN, infinite or huge values ({where})")
+    generator = generator or torch.Generator().manual_seed(0)
+    best = None
+    for _ in range(n_init if init is None else 1):
+        start = seed_centroids(centred, k, generator) if init is None else (init.to(x) - mean).float()
+        c, history = lloyd(centred, start, iters)
+        c = (c + mean).float()                                         # ids and inertia are those of what is returned
+        ids, distance = assign(centred, (c - mean).float())
+        inertia = float(distance.double().sum())
+        if best is None or inertia < best.inertia:
+            best = Clusters(c, ids, inertia, history)
+    return best if init is not None else canonical(best)
+
+
+def canonical(clusters: Clusters) -> Clusters:
+    """The same codes by size, largest first, then by first, second, … coordinate."""
+    size, rows = clusters.ids.bincount(minlength=len(clusters.centroids)).tolist(), clusters.centroids.tolist()
+    order = torch.tensor(sorted(range(len(rows)), key=lambda j: (-size[j], rows[j])), device=clusters.ids.device)
+    return clusters._replace(centroids=clusters.centroids[order], ids=order.argsort()[clusters.ids])
+
+
+def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8, seed: int = 0) -> Clusters:
+    """The gradient-trained codebook of the paper's authors' code, for the ablation: it collapses, k-means does not.
+
+    theta [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[θ] − e‖² to the nearest code on random minibatches, and
+    nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes = ((2 * torch.rand(k, theta.shape[1], generator=generator) - 1) / k).to(theta.device).requires_grad_()
+    adam, history = torch.optim.Adam([codes], lr=lr), []
+    for _ in range(steps):
+        rows = theta[torch.randint(len(theta), (batch,), generator=generator)].detach().float()      # (b, d)
+        loss = (rows - codes[assign(rows, codes.detach())[0]]).square().sum(1).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        history.append(float(loss.detach()) * len(theta))
+    ids, distance = assign(theta.detach(), codes.detach())
+    return Clusters(codes.detach(), ids, float(distance.double().sum()), history)
+
+
+def perplexity(ids, k: int) -> float:
+    """exp(entropy) of the usage of k codes: 1 = all users on one code, k = even use. ids [N] ints in 0 … k − 1."""
+    share = torch.bincount(torch.as_tensor(ids).flatten().long(), minlength=k).double() / len(ids)
+    return float(torch.special.entr(share).sum().exp())
+
+
+def ari(a, b) -> float:
+    """Adjusted Rand index of two labellings [N] (Hubert & Arabie 1985): 1 = same groups, 0 = chance; nan for N = 0."""
+    a, b = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (a, b))
+    if len(a) != len(b):
+        raise ValueError(f"two labellings of {len(a)} and {len(b)} rows")
+    if not len(a):
+        return float("nan")
+    pairs = lambda counts: float((counts * (counts - 1.0) / 2).sum())
+    both = pairs(np.unique(a * (b.max() + 1) + b, return_counts=True)[1])
+    rows, columns, everything = pairs(np.bincount(a)), pairs(np.bincount(b)), pairs(np.array([len(a)]))
+    expected = rows * columns / everything if everything else 0.0
+    span = (rows + columns) / 2 - expected
+    return (both - expected) / span if span else 1.0
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+def as_json(value) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the files of a folder, to the disk."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes NAME.tmp, then renames: a reader sees the old file or the new one."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(text, encoding="utf-8")
+    sync(fresh)
+    os.replace(fresh, path)
+
+
+def unreadable(path: Path, error: Exception) -> Fault:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return Fault(4, f"{path} does not exist")
+    return Fault(3 if isinstance(error, PermissionError) else 4, f"{path} cannot be read: {error}")
+
+
+def need(path: Path, found, keys) -> None:
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise Fault(4, f"{path} has no {', '.join(map(repr, missing))}")
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that has these keys, else Fault."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    need(path, found if isinstance(found, dict) else (), keys)
+    return found
+
+
+def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz that has these keys, else Fault."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            need(path, file.files, keys)
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise unreadable(path, error) from None
+
+
+# ---------------------------------------------------------------------------------------------- feature bank
+
+VERSION = 1
+BLOCK, BLOCKS = 1 << 16, 64          # open() hashes at most this many blocks of this many bytes per file: 4 MiB
+
+
+def hash_users(users) -> np.ndarray:
+    """64-bit keys of user ids. users: str array or list [n] -> uint64 [n]. FNV-1a over code points, murmur3 finaliser.
+
+    Integers count as their decimal text. The array's width does not matter: padding NULs are skipped.
+    """
+    a = np.ascontiguousarray(np.asarray(users).reshape(-1).astype(str))
+    h = np.full(len(a), 0xCBF29CE484222325, np.uint64)
+    for column in a.view(np.uint32).reshape(len(a), a.itemsize // 4).T:                     # W × (n,) code points
+        if column.any():
+            h = np.where(column != 0, (h ^ column) * np.uint64(0x100000001B3), h)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
+    return h ^ (h >> np.uint64(33))
+
+
+def hash_user(user: str) -> int:
+    """hash_users of one id in plain Python: numpy's overhead per call would be ten times the work."""
+    h, mask = 0xCBF29CE484222325, 0xFFFFFFFFFFFFFFFF
+    for char in user:
+        if char != "\0":
+            h = (h ^ ord(char)) * 0x100000001B3 & mask
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        h = (h ^ (h >> 33)) * factor & mask
+    return h ^ (h >> 33)
+
+
+def digest(path: Path, sample: bool = False) -> str:
+    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (up to 4 MiB: of all of it)."""
+    size, sha = path.stat().st_size, hashlib.sha256()
+    starts = range(0, size, BLOCK)
+    if sample:
+        sha.update(str(size).encode())
+        starts = starts if len(starts) <= BLOCKS else np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist()
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            sha.update(file.read(BLOCK))
+    return sha.hexdigest()
+
+
+def seal(meta: dict) -> str:
+    """sha256 of a bank's meta.json without its own seal."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+class Bank:
+    """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped, so that readers share one page cache.
+
+    keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user up
+    to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it always sees a
+    truncated or exchanged file, and every altered byte up to 4 MiB; verify() reads everything.
+    """
+
+    FILES = ("keys.npy", "codes.npy", "codebook.npz")
+
+    def __init__(self, folder: Path, meta: dict, keys: np.ndarray, codes: np.ndarray):
+        self.folder, self.meta, self.keys, self.codes = folder, meta, keys, codes
+
+    @classmethod
+    def build(cls, folder, users, codes, meta: dict | None = None, centroids=()) -> "Bank":
+        """Writes a bank and opens it. users: N distinct ids (str or int); codes: int [N, P], from 1, 0 = unknown.
+
+        meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept for inference.
+        Takes about 40 bytes of memory a user. A bank already at `folder` is replaced only when the new one is complete.
+        """
+        folder, codes, meta = Path(folder), np.asarray(codes), dict(meta or {})
+        if codes.ndim != 2 or len(codes) != len(users) or not codes.size or not np.issubdtype(codes.dtype, np.integer):
+            raise Fault(4, f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
+        if codes.min() < 0 or codes.max() > 65535:
+            raise Fault(4, f"bank codes must lie in 0 … 65535, found {codes.min()} … {codes.max()}")
+        names = [str(name) for name in meta.setdefault("names", [f"p{p}" for p in range(codes.shape[1])])]
+        if len(names) != codes.shape[1]:
+            raise Fault(4, f"{len(names)} profile names for {codes.shape[1]} columns of codes")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "keys.npy").exists()):
+            raise Fault(2, f"{folder} exists and is no bank: name another folder")
+        keys = np.concatenate([hash_users(users[i:i + 2**19]) for i in
+                               Progress(range(0, len(users), 2**19), desc="user keys", leave=False)])
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
+            a, b = str(users[order[i]]), str(users[order[i + 1]])
+            raise Fault(4, f"user {a!r} is listed twice" if a == b else f"users {a!r} and {b!r} have the same hash")
+        fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+        for stale in (fresh, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        np.save(fresh / "keys.npy", keys)
+        np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
+        np.savez(fresh / "codebook.npz", names=np.array(names), **{f"mu_{p}": mu for p, mu in enumerate(centroids)})
+        meta |= {"version": VERSION, "users": len(users),
+                 "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
+                 "sha256": {name: digest(fresh / name) for name in cls.FILES},
+                 "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
+        write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
+        sync(fresh)
+        if folder.exists():                                            # a folder cannot be replaced in one step
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder) -> "Bank":
+        """Memory-maps a bank. Fault 4 if it is missing, truncated, altered (see above) or of another version."""
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json", "version", "seal", "users", "names", "sample")
+        if meta["version"] != VERSION:
+            raise Fault(4, f"{folder} is a bank of version {meta['version']}, this is {VERSION}: build it again")
+        for name in cls.FILES:
+            if not (folder / name).is_file() or digest(folder / name, sample=True) != meta["sample"].get(name):
+                raise Fault(4, f"{folder / name} is missing, truncated or altered: build the bank again")
+        if seal(meta) != meta["seal"]:
+            raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
+        keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+                       for name in cls.FILES[:2])
+        return cls(folder, meta, keys, codes)
+
+    def verify(self) -> None:
+        """Reads every byte: Fault 4 if a file is not the one that was built."""
+        for name in self.FILES:
+            if digest(self.folder / name) != self.meta["sha256"][name]:
+                raise Fault(4, f"{self.folder / name} was altered: build the bank again")
+
+    def lookup(self, users) -> np.ndarray:
+        """Codes of users: a str, or n ids as a list, str array or int array -> int32 [n, P]; 0 = unknown.
+
+        Hashes are uniform, so key · N / 2^64 is nearly the row and four interpolation steps find almost all; what is
+        left, unknown users among it, takes a binary search.
+        """
+        if isinstance(users, str):
+            key = np.uint64(hash_user(users))
+            row = min(int(self.keys.searchsorted(key)), len(self.keys) - 1)
+            return self.codes[row:row + 1].astype(np.int32) * (self.keys[row] == key)
+        wanted, last, scale = hash_users(users), len(self.keys) - 1, len(self.keys) / 2**64
+        row = np.minimum((wanted * scale).astype(np.int64), last)
+        for _ in range(4):
+            step = ((wanted - self.keys[row]).view(np.int64) * scale).astype(np.int64)
+            row = (row + step).clip(0, last)
+        left = (self.keys[row] != wanted).nonzero()[0]
+        row[left] = np.minimum(self.keys.searchsorted(wanted[left]), last)
+        return self.codes[row].astype(np.int32) * (self.keys[row] == wanted)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+class Profiles(NamedTuple):
+    """The PROFILES folder that uip.py writes."""
+    users: np.ndarray          # [N] str
+    ids: np.ndarray            # [N, P] int, codes from 0
+    names: list[str]           # P
+    mu: list[np.ndarray]       # P × [K_p, D]
+    meta: dict
+
+
+def read_profiles(folder) -> Profiles:
+    """Users, IDs and codebooks of a PROFILES folder, checked against each other."""
+    path = Path(folder) / "profiles.npz"
+    found = read_npz(path, "users", "ids", "names")
+    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"]]
+    need(path, found, [f"mu_{p}" for p in range(len(names))])
+    mu = [found[f"mu_{p}"] for p in range(len(names))]
+    if not len(users) or ids.shape != (len(users), len(names)):
+        raise Fault(4, f"{path}: ids of shape {list(ids.shape)} for {len(users)} users and {len(names)} profiles")
+    if (ids < 0).any() or (ids >= [len(m) for m in mu]).any():
+        raise Fault(4, f"{path}: an id lies outside its codebook of {[len(m) for m in mu]} codes")
+    return Profiles(users, ids, names, mu, read_json(Path(folder) / "meta.json"))
+
+
+def match(users, known) -> np.ndarray:
+    """Row in `known` of each of `users` (str arrays), −1 where absent: folders are joined by id, never by order."""
+    row = {user: i for i, user in enumerate(known.tolist())}
+    return np.array([row.get(user, -1) for user in users.tolist()], np.int64)
+
+
+def command_bank(args) -> None:
+    """PROFILES folder → bank."""
+    profiles = read_profiles(args.profiles)
+    meta = {"names": profiles.names, "lm": profiles.meta.get("lm"),
+            "profiles_sha256": digest(Path(args.profiles) / "profiles.npz")}
+    bank = Bank.build(args.out, profiles.users, profiles.ids + 1, meta, profiles.mu)
+    size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:2])
+    print(f"bank of {len(bank.keys)} users in {args.out}: {size / len(bank.keys):.1f} bytes a user, "
+          f"codes {dict(zip(profiles.names, bank.meta['sizes']))}")
+
+
+def command_lookup(args) -> None:
+    """One line a user: id and codes."""
+    bank = Bank.open(args.bank)
+    codes = bank.lookup(args.user)
+    for user, row in zip(args.user, codes):
+        print(user, *(f"{name}={code}" for name, code in zip(bank.meta["names"], row)) if row.any() else ["unknown"])
+    if not codes.any(1).all():
+        raise Fault(4, f"{int((~codes.any(1)).sum())} of {len(codes)} users are not in {args.bank}")
+
+
+def distinct(counts: np.ndarray) -> np.ndarray:
+    """What sets each group apart: z of the smoothed log-odds against all other groups, [K, W]. counts: [K, W] ints.
+
+    Informative Dirichlet prior (Monroe et al. 2008, "Fightin' Words", eq. 16–22): a word's prior is its share of all
+    words, 10 pseudo-counts a word on average, so that a rare word needs more than one lucky user.
+    """
+    total = counts.sum(0)                                              # (W,)
+    prior = 10 * len(total) * total / total.sum()
+    rest = total - counts
+    odds = lambda y: np.log((y + prior) / (y.sum(1, keepdims=True) + prior.sum() - y - prior))
+    if len(total) < 2:
+        return np.zeros(counts.shape)
+    return (odds(counts) - odds(rest)) / np.sqrt(1 / (counts + prior) + 1 / (rest + prior))
+
+
+def evidence_counts(data, profiles: Profiles, views: dict[str, set]) -> list[tuple[np.ndarray, list[str]]]:
+    """Per profile: how often each value of the kinds in its view occurs per code, [K, W], and the W values."""
+    path, row = Path(data) / "evidence.jsonl", {user: i for i, user in enumerate(profiles.users.tolist())}
+    counters = [Counter() for _ in profiles.names]
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(Progress(file, desc="evidence", unit=" users", leave=False), 1):
+                entry = json.loads(line)
+                who = row.get(entry["user"])
+                for p, name in enumerate(profiles.names if who is not None else ()):
+                    counters[p].update((int(profiles.ids[who, p]), value) for kind, values in entry["evidence"].items()
+                                       if name in views.get(kind, ()) for value in values)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise Fault(4, f"{path}, line {number}: not a line of evidence ({error!r})") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    tables = []
+    for mu, counter in zip(profiles.mu, counters):
+        words = {word: w for w, word in enumerate(sorted({word for _, word in counter}))}
+        counts = np.zeros((len(mu), len(words)))
+        for (code, word), n in counter.items():
+            counts[code, words[word]] = n
+        tables.append((counts, list(words)))
+    return tables
+
+
+def command_cards(args) -> None:
+    """What each ID means, one Markdown table a profile."""
+    profiles, data = read_profiles(args.profiles), Path(args.data)
+    layout = read_json(data / "meta.json", "layout")["layout"]
+    need(data / "meta.json: layout", layout, ["kinds"])
+    views = {kind: set(how["view"]) for kind, how in layout["kinds"].items()}
+    rows = read_npz(data / "interactions.npz", "users", "user", "price", "split")
+    who = match(rows["users"], profiles.users)[rows["user"]]           # (R,) row of the profiles, or −1
+    priced = (rows["split"] == 0) & np.isfinite(rows["price"]) & (who >= 0)
+    if not (who >= 0).any():
+        raise Fault(4, f"{args.profiles} and {args.data} have no user in common")
+    cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    lines = []
+    for p, (counts, words) in enumerate(evidence_counts(data, profiles, views)):
+        tokens = profiles.meta.get("tokens", {}).get(profiles.names[p], [])
+        lines += [f"### {cell(profiles.names[p])}", "",
+                  "| ID | users | share | sets it apart (z of log-odds) | price, 10–90 % | nearest tokens |",
+                  "|---:|---:|---:|---|---|---|"]
+        for code, z in enumerate(distinct(counts)):
+            mine = profiles.ids[:, p] == code
+            top = [w for w in (-z).argsort(kind="stable")[:args.top] if z[w] > 0]
+            paid = rows["price"][priced][profiles.ids[who[priced], p] == code]
+            price = "{:.2f}–{:.2f}".format(*np.percentile(paid, [10, 90])) if len(paid) else "unknown"
+            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | "
+                         + ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top) + f" | {price} | "
+                         + cell(" ".join(tokens[code]) if code < len(tokens) else "") + " |")
+        lines.append("")
+    if args.out:
+        write_text(Path(args.out), "\n".join(lines))
+    else:
+        print("\n".join(lines))
+
+
+def command_score(args) -> None:
+    """IDs against the groups that made the data: adjusted Rand index with the own profile and with the others."""
+    profiles, path = read_profiles(args.profiles), Path(args.data) / "truth.npz"
+    truth = read_npz(path, "users", "n_train", *profiles.names)
+    row = match(truth["users"], profiles.users)                        # (M,)
+    if not (row >= 0).any():
+        raise Fault(4, f"{args.profiles} and {path} have no user in common")
+    groups = {"dense": (row >= 0) & (truth["n_train"] >= 6), "sparse": (row >= 0) & (truth["n_train"] < 6)}
+
+    def table(users: np.ndarray) -> dict:
+        scores = {}
+        for p, name in enumerate(profiles.names):
+            each = {other: ari(profiles.ids[row[users], p], truth[other][users]) for other in profiles.names}
+            own = each.pop(name)
+            scores[name] = {"own": own, "other": max(map(abs, each.values()), default=0.0)} if users.any() else None
+        return scores
+
+    result = {"lm": profiles.meta.get("lm"), "F": profiles.meta.get("F"),
+              "ari": table(groups["dense"]), "ari_sparse": table(groups["sparse"]),
+              "perplexity": {name: perplexity(profiles.ids[:, p], len(profiles.mu[p]))
+                             for p, name in enumerate(profiles.names)},
+              "users": {name: int(group.sum()) for name, group in groups.items()}}
+    write_text(Path(args.out), as_json(result))
+    print(json.dumps(result, sort_keys=True, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------------------------------------- bench
+
+def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> None:
+    """The obvious loop, for comparison: all distances at once, sums by index_add_."""
+    for _ in range(iters):
+        ids = torch.cdist(x, c).argmin(1)
+        c = torch.zeros_like(c).index_add_(0, ids, x) / ids.bincount(minlength=len(c))[:, None]
+
+
+def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
+    """The same iterations from the same start by others; scikit-learn and faiss only where they are installed."""
+    k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
+    try:
+        from sklearn.cluster import KMeans
+        model = KMeans(k, init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
+        calls["sklearn"] = lambda: model.fit(x.numpy())
+    except ImportError:
+        pass
+    try:
+        import faiss
+        other = faiss.Kmeans(x.shape[1], k, niter=iters, max_points_per_centroid=len(x), min_points_per_centroid=1)
+        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy())
+    except ImportError:
+        pass
+    return calls
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def bench_kmeans(n: int, d: int, k: int, iters: int = 10, rounds: int = 5) -> dict:
+    """Best seconds of `rounds` alternating runs each, and the ratio rival / ours (above 1: ours is faster)."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(k))
+    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters), **rivals(x, x[:k].clone(), iters)}
+    best = {name: min(times) for name, times in
+            zip(calls, zip(*([seconds(call) for call in calls.values()] for _ in range(rounds))))}
+    return {"n": n, "d": d, "k": k, "seconds": best, "ratio": {m: best[m] / best["ours"] for m in best if m != "ours"}}
+
+
+def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
+    """Build, open and lookups of n users, beside a SQLite primary key on one id at a time and in batches."""
+    rng = np.random.default_rng(0)
+    users = np.char.add("u", rng.permutation(n).astype(str))
+    codes = rng.integers(1, 5, (n, 2))
+    build = seconds(lambda: Bank.build(folder / "bank", users, codes))
+    opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
+    bank = Bank.open(folder / "bank")
+    batches = [users[rng.integers(0, n, batch)] for _ in range(50)]
+    each = float(np.median([seconds(lambda: bank.lookup(some)) for some in batches])) / batch
+    single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
+    with sqlite3.connect(folder / "bank.sqlite") as db:
+        db.execute("CREATE TABLE bank (user TEXT PRIMARY KEY, a INT, b INT) WITHOUT ROWID")
+        order = users.argsort()
+        db.executemany("INSERT INTO bank VALUES (?, ?, ?)",
+                       ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in order))
+        db.commit()
+        query = lambda some: [db.execute("SELECT a, b FROM bank WHERE user = ?", (u,)).fetchone() for u in some]
+        lite = float(np.median([seconds(lambda: query(some)) for some in [b.tolist() for b in batches[:20]]])) / batch
+    size = sum(file.stat().st_size for file in (folder / "bank").iterdir())
+    return {"users": n, "build_s": build, "bytes_per_user": size / n, "open_ms": 1e3 * opened,
+            "lookups_per_s": 1 / each, "single_p99_us": 1e6 * float(np.quantile(single, 0.99)), "vs_sqlite": lite / each}
+
+
+def command_bench(args) -> None:
+    """Prints figures as they come; the last line is all of them as JSON."""
+    result = {"kmeans": [], "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
+                                        "threads": torch.get_num_threads(), "numpy": np.__version__}}
+    for n, d in ((args.rows, 576), (args.rows // 5, 4096)):
+        for k in (4, 32):
+            result["kmeans"].append(bench_kmeans(n, d, k))
+            print(json.dumps(result["kmeans"][-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        result["bank"] = bench_bank(args.users, Path(folder))
+    print(json.dumps(result["bank"]))
+    print(json.dumps(result))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, *options: tuple) -> None:
+        sub = commands.add_parser(name, help=run.__doc__.strip(), description=run.__doc__.strip(), allow_abbrev=False)
+        sub.set_defaults(run=run)
+        for flag, how in options:
+            sub.add_argument(flag, **how)
+
+    folder = lambda text: {"required": True, "metavar": "DIR", "help": text}
+    profiles = ("--profiles", folder("folder written by uip.py fit"))
+    data = ("--data", folder("folder written by data.py"))
+    command("bank", command_bank, profiles, ("--out", folder("where the bank goes; a bank there is replaced")))
+    command("lookup", command_lookup, ("--bank", folder("bank to look in")),
+            ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
+    command("cards", command_cards, profiles, data,
+            ("--out", {"metavar": "FILE", "help": "Markdown file (default: standard output)"}),
+            ("--top", {"type": int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
+    command("score", command_score, profiles, data,
+            ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
+    command("bench", command_bench,
+            ("--rows", {"type": int, "default": 100_000, "help": "rows of the k-means runs (default: 100000)"}),
+            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: 10 million)"}))
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Fault as fault:
+        print(f"codebook.py: {fault}", file=sys.stderr)
+        sys.exit(fault.code)
+    except KeyboardInterrupt:
+        print("codebook.py: interrupted", file=sys.stderr)
+        sys.exit(130)

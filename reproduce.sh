@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# UserIP-Tuning from a bare machine to a table. Needs Python 3.10+, and network for the packages and the LLM.
+#
+#   bash reproduce.sh                 the demo: planted users whose true profiles are known (minutes on two CPU cores)
+#   bash reproduce.sh profiles        the demo up to one stage: env lm data profiles bank ctr table
+#   bash reproduce.sh seeds           the demo's shop with two other data seeds, and the null shop without profiles
+#   bash reproduce.sh test [ARG …]    the tests; further words go to pytest
+#   bash reproduce.sh small | full    real data: not in this version, says so
+#   bash reproduce.sh --help          this text
+#
+# A finished stage is skipped as long as its command, the modules it runs and the stages before it stay the same.
+# Killed? Run the same command again. Logs: runs/NAME/STAGE.log; results: results/NAME/.
+# Settings, as environment variables (defaults in brackets):
+#   LM      causal LM: hub id or folder [the default LLM of `data.py lm`, into models/default]
+#   USERS   users of the planted shop [240]      CODES  codebook size of each profile [4,3]
+#   MODELS  click models [deepfm,dcn,fm,lr]      SEEDS  training seeds [5]
+#   DTYPE   of the LLM [auto]                    DEVICE cpu or cuda [auto]
+#   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
+set -Eeuo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+STAGES="env lm data profiles bank ctr table"
+VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} CODES=${CODES:-4,3} SEEDS=${SEEDS:-5} UNTIL=table
+MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto}
+FEATURES=none,random,shuffled,stats,userip,stats+userip
+[ -t 1 ] && export UIP_PROGRESS=bar          # our pipe into the log hides the terminal from the progress bars
+
+usage() { sed -n '2,/^set /p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'; }
+hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-32; }
+at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
+trap 'echo; echo "Interrupted. The same command goes on from here." >&2; exit 130' INT
+
+# stage NAME "MODULES it runs" "STAGES before it" COMMAND: runs COMMAND unless the stamp of an equal run is there
+stage() {
+  local name=$1 modules=$2 before=$3 command=$4 me=$(at "$1") stamp s status began
+  mkdir -p "runs/$RUN"
+  stamp=$({ echo "$command"; cat /dev/null $modules; for s in $before; do cat "$(at "$s").stamp"; done; } | hash_of)
+  if [ -f "$me.stamp" ] && [ "$(cat "$me.stamp")" = "$stamp" ]; then
+    echo "[$RUN/$name] up to date"
+  else
+    echo "[$RUN/$name] $command"
+    rm -f "$me.stamp"
+    FRESH=--restart                          # what another command or other code left half done is dropped …
+    [ "$(cat "$me.started" 2>/dev/null)" != "$stamp" ] || FRESH=      # … and what this one left is resumed
+    echo "$stamp" > "$me.started"
+    export FRESH
+    began=$(date +%s)
+    set +e
+    bash -c "set -Eeuo pipefail; $command" 2>&1 | tee "$me.log"
+    status=${PIPESTATUS[0]}
+    set -e
+    if [ "$status" -ne 0 ]; then
+      printf '\nStage %s failed (exit %s). The last lines of %s:\n' "$name" "$status" "$me.log" >&2
+      tr '\r' '\n' < "$me.log" | tail -n 5 | sed 's/^/    /' >&2
+      echo "Mend the cause and run the same command again: finished stages are skipped, this one resumes." >&2
+      exit "$status"
+    fi
+    echo $(( $(date +%s) - began )) > "$me.seconds"
+    echo "$stamp" > "$me.stamp.tmp" && mv "$me.stamp.tmp" "$me.stamp"
+  fi
+  [ "$name" != "$UNTIL" ] || { echo "Done, up to stage $UNTIL."; exit 0; }
+}
+
+python3_10() {  # the interpreter to make the environment with
+  local p
+  for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo "$p"; return; fi
+  done
+  echo "reproduce.sh: no Python 3.10 or newer found; install one, or set PYTHON=/path/to/python3" >&2
+  exit 3
+}
+
+environment() {
+  local python; python=$(python3_10)
+  [ -x "$VENV/bin/python" ] || rm -f runs/env.stamp
+  stage env requirements.txt "" "{ [ -x $VENV/bin/python ] || $python -m venv $VENV; } && $VENV/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+  PY=$VENV/bin/python
+}
+
+seconds() {  # seconds per stage of the run, as JSON
+  local s sep=
+  printf '{"seconds": {'
+  for s in $STAGES; do
+    [ ! -f "$(at "$s").seconds" ] || { printf '%s"%s": %s' "$sep" "$s" "$(cat "$(at "$s").seconds")"; sep=', '; }
+  done
+  printf '}}\n'
+}
+
+# shop NAME "FLAGS of data.py planted": every stage, from the environment to the table
+shop() {
+  local flags=$2 d=runs/$1 r=results/$1 lm=${LM:-models/default}
+  RUN=$1
+  environment
+  if [ -z "$LM" ]; then
+    [ -f "$lm/source.json" ] || rm -f runs/lm.stamp
+    stage lm data.py env "$PY data.py lm --out $lm"
+  else
+    stage lm "" env "echo LM=$(printf %q "$LM")"
+  fi
+  stage data data.py env "$PY data.py planted --out $d/data --users $USERS $flags"
+  stage profiles "uip.py codebook.py" "lm data" "$PY uip.py fit --data $d/data --lm $(printf %q "$lm") --out $d/profiles --codes $CODES --dtype $DTYPE --device $DEVICE \$FRESH"
+  stage bank codebook.py "data profiles" "$PY codebook.py bank --profiles $d/profiles --out $d/bank && mkdir -p $r && $PY codebook.py score --profiles $d/profiles --data $d/data --out $r/score.json && $PY codebook.py cards --profiles $d/profiles --data $d/data --out $r/cards.md"
+  stage ctr ctr.py "data bank" "$PY ctr.py run --data $d/data --bank $d/bank --models $MODELS --features $FEATURES --seeds $SEEDS --device $DEVICE --out $r \$FRESH"
+  seconds > "$r/seconds.json"
+  stage table ctr.py "bank ctr" "$PY ctr.py table $r --out $r/table.md --summary $r/summary.json"
+}
+
+beyond_the_demo() {
+  if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "A GPU is here, but the full run on the paper's datasets is not in this version: the demo is all there is."
+  else
+    echo "No CUDA device: this is the end of the demo."
+  fi
+  echo "To come, not in this version:"
+  echo "  bash reproduce.sh small    MovieLens-100K with the default LLM, on a CPU"
+  echo "  bash reproduce.sh full     Amazon Movies, Clothing and Video Games (5-core, 2014), on one GPU"
+}
+
+case ${1:-demo} in
+  -h | --help | help) usage ;;
+  demo) shop demo "--seed 0"; cat results/demo/table.md; beyond_the_demo ;;
+  env | lm | data | profiles | bank | ctr | table) UNTIL=$1; shop demo "--seed 0" ;;
+  seeds)
+    FEATURES=${FEATURES%,stats+userip} MODELS=deepfm
+    shop demo-1 "--seed 1"; shop demo-2 "--seed 2"; shop null "--seed 0 --null"
+    cat results/demo-1/table.md results/demo-2/table.md results/null/table.md ;;
+  test)
+    shift; RUN=test; environment
+    "$PY" -m pytest -q -p no:cacheprovider "$@" test_uip.py ;;
+  small | full)
+    echo "reproduce.sh: $1 (real data) is not in this version; the demo and seeds run on planted users." >&2
+    exit 2 ;;
+  *) echo "reproduce.sh: unknown word '$1'" >&2; usage >&2; exit 2 ;;
+esac

@@ -1,0 +1,739 @@
+"""UserIP-Tuning: infer a user's latent profiles from behaviour by prompt tuning a frozen LLM with EM.
+
+    python uip.py fit   --data DIR --lm NAME_OR_DIR --out DIR      EM over all users of DIR: profiles and codebook
+    python uip.py infer --data DIR --profiles DIR --lm … --out DIR   new users, codebook fixed
+    python uip.py bench --data DIR --lm NAME_OR_DIR                E-step speed beside the bare LLM and the naive way
+
+The model, for user u with evidence texts b_1 … b_n and profiles p (hobby, background):
+
+    z_u^p ~ Cat(π^p)                 collaborative ID
+    θ_u^p | z = k ~ N(μ_k^p, τ_p² I)   soft token(s) in the LLM's input-embedding space
+    P(B_u | θ_u) = Π_i P_LM(value(b_i) | BOS, name_p θ_u^p for the profiles p in view(b_i), lead(b_i))
+
+and hard EM is coordinate ascent on
+
+    F = Σ_u [ log P(B_u | θ_u) − λ/2 Σ_p ‖θ_u^p − μ_{z_u^p}^p‖² / τ_p² ].
+
+Read on in this order: Layout, pack → collate (mask) → nll (likelihood) → e_step → m_step → fit.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from codebook import Fault, Progress, assign, kmeans, perplexity
+
+
+# --------------------------------------------------------------------------------------------------- layout
+
+@dataclass(frozen=True)
+class Layout:
+    """The fixed text around a user's soft tokens (paper, inference module), in tokens.
+
+        BOS | name₁ θ₁ | name₂ θ₂ | lead value | lead value | …
+
+    Every block sees BOS and, causally, itself. A name+θ block sees nothing else. An evidence block (lead value) also
+    sees the name+θ blocks of its view, and no other evidence. Each name+θ block starts at position 1, every evidence
+    block right after the longest of them: no block knows how many others there are.
+    """
+    profiles: tuple[str, ...]                                      # P names, in the order of θ's second axis
+    names: tuple[tuple[int, ...], ...]                             # P token sequences, "The user's hobby is"
+    kinds: dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]     # kind → (lead tokens, view: does it see profile p?)
+    bos: int
+    tokenizer: object
+    m: int = 1                                                     # soft tokens per profile
+    cut: int = 32                                                  # longest evidence value, tokens
+
+    @classmethod
+    def build(cls, spec: dict, tokenizer, m: int = 1, cut: int = 32) -> "Layout":
+        """spec: {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …]}}} as in meta.json."""
+        encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        bos = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+        if bos is None:
+            raise Fault(4, "the tokenizer has neither a BOS nor an EOS token to start a sequence with")
+        kinds = {}
+        for kind, how in spec["kinds"].items():
+            unknown = set(how["view"]) - set(spec["profiles"])
+            if unknown or not how["view"] or not encode(" " + how["lead"]):
+                raise Fault(4, f"layout: kind {kind!r} needs a lead and a view of known profiles, has {how}")
+            kinds[kind] = (encode(" " + how["lead"]), tuple(p in how["view"] for p in spec["profiles"]))
+        return cls(tuple(spec["profiles"]), tuple(encode(text) for text in spec["profiles"].values()), kinds,
+                   bos, tokenizer, m, cut)
+
+    @property
+    def start(self) -> int:
+        """Position of the first token of every evidence block."""
+        return 1 + max(len(name) for name in self.names) + self.m
+
+    @property
+    def cached(self) -> int:
+        """C, the number of columns that depend on no user: BOS and the names."""
+        return 1 + sum(len(name) for name in self.names)
+
+    def fixed(self) -> tuple[list[int], list[int], list[int]]:
+        """ids, blocks and positions of the columns before the evidence: BOS, then all names, then all slots of θ.
+
+        Block 0 is BOS, block p+1 is name_p with θ_p. Names stand before slots so that what no user changes comes first.
+        """
+        ids, blocks, positions = [self.bos], [0], [0]
+        for p, name in enumerate(self.names, 1):
+            ids += name
+            blocks += [p] * len(name)
+            positions += range(1, 1 + len(name))
+        for p, name in enumerate(self.names, 1):
+            ids += [self.bos] * self.m                             # replaced by θ
+            blocks += [p] * self.m
+            positions += range(1 + len(name), 1 + len(name) + self.m)
+        return ids, blocks, positions
+
+
+class Row(NamedTuple):
+    """One user's evidence as a prefix tree: node i is a token, seen by the nodes below it."""
+    ids: list[int]                 # [T] token
+    parents: list[int]             # [T] node before this one in its text; a root is its own parent
+    positions: list[int]           # [T]
+    views: list[tuple[bool, ...]]  # [T] the profiles it sees
+    labels: list[int]              # [T] how many texts have this token as a *value* token here; 0 for a lead token
+
+
+def pack(evidence: dict[str, list[str]], layout: Layout) -> Row:
+    """One user's evidence texts {kind: [value, …]} in one row (ours: shared prefixes are stored, and computed, once).
+
+    Texts are conditionally independent given θ, so two that begin alike share that part exactly: what a token sees is
+    its own text's past, whichever texts run through it. log P(B|θ) = Σ_nodes labels · log P(node | its ancestors).
+    """
+    row, nodes = Row([], [], [], [], []), {}
+    for kind, texts in evidence.items():
+        if kind not in layout.kinds:
+            raise Fault(4, f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
+        lead, view = layout.kinds[kind]
+        for text in texts:
+            value = layout.tokenizer.encode(" " + text, add_special_tokens=False)[:layout.cut]
+            node = None
+            for depth, token in enumerate((*lead, *value)):
+                key = (node, view, token)
+                if key not in nodes:
+                    nodes[key] = len(row.ids)
+                    row.ids.append(token)
+                    row.parents.append(nodes[key] if node is None else node)
+                    row.positions.append(layout.start + depth)
+                    row.views.append(view)
+                    row.labels.append(0)
+                node = nodes[key]
+                row.labels[node] += depth >= len(lead)
+    return row
+
+
+class Batch(NamedTuple):
+    """Packed rows as tensors. Columns: [BOS, names | slots of θ | evidence, right-padded]; C, P·m and T of them."""
+    ids: Tensor            # [B, Q] long; Q = P·m + T with a prefix cache, else C + P·m + T
+    positions: Tensor      # [B, Q] long
+    mask: Tensor           # [B, 1, Q, K] additive float in the LLM's dtype; K = C + P·m + T
+    slots: slice           # the columns of ids that θ replaces
+    predict: Tensor        # [S] flat index into B × Q of the positions that predict a value token
+    source: Tensor         # [L] index into predict: where the label's distribution comes from
+    target: Tensor         # [L] the value token
+    weight: Tensor         # [L] float: how many texts
+    user: Tensor           # [L] row of the batch
+    prefix: list | None    # per layer (keys, values) [1, heads, C, head_dim] of BOS and names; None: not cached
+
+
+def visible(block: Tensor, order: Tensor) -> Tensor:
+    """Own-name mask of the fixed columns, [F, F] bool (query, key): BOS, and causally the own block, nothing else."""
+    return (block == 0) | (block[:, None] == block) & (order[:, None] >= order)
+
+
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [B, Q, K] → [B, 1, Q, K] to add to attention scores. (A bool mask is silently wrong under eager attention.)"""
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, device="cpu",
+            dtype: torch.dtype = torch.float32) -> Batch:
+    """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
+    ids, blocks, positions = layout.fixed()
+    B, F, T = len(rows), len(ids), max(len(row.ids) for row in rows)
+    C = layout.cached
+    pad = lambda column, fill: torch.tensor([[*getattr(r, column), *fill(len(r.ids))] for r in rows])  # noqa: E731
+    zeros = lambda n: [0] * (T - n)
+    node, depth, labels = pad("ids", zeros), pad("positions", zeros), pad("labels", zeros)       # (B, T)
+    parents = pad("parents", lambda n: range(n, T))                                              # (B, T)
+    views = pad("views", lambda n: [[False] * len(layout.names)] * (T - n))                      # (B, T, P)
+
+    block, order = torch.tensor(blocks), torch.tensor(positions)
+    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                       # BOS is in every view
+    sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
+    sees[:, :F, :F] = visible(block, order)
+    sees[:, F:, :F] = view_of[:, :, block]                             # BOS, and the name+θ blocks of its view
+    up = torch.arange(T).expand(B, T)
+    for _ in range(int(depth.max()) - layout.start + 1):               # itself, its parent, its parent's parent …
+        sees[:, F:, F:].scatter_(2, up[:, :, None], True)
+        up = parents.gather(1, up)
+
+    skip = C if prefix is not None else 0                              # cached columns are keys, not queries
+    full = lambda fixed, tail: torch.cat([torch.tensor(fixed[skip:]).expand(B, -1), tail], 1)
+    user, child = labels.nonzero(as_tuple=True)                        # (L,) (L,)
+    flat = user * (F - skip + T) + F - skip + parents[user, child]     # the parent predicts the child
+    predict, source = flat.unique(return_inverse=True)
+    tensors = (full(ids, node), full(positions, depth), additive(sees[:, skip:], dtype), predict, source,
+               node[user, child], labels[user, child].float(), user)
+    ids, positions, mask, *rest = (t.to(device) for t in tensors)
+    return Batch(ids, positions, mask, slice(C - skip, F - skip), *rest, prefix)
+
+
+# ----------------------------------------------------------------------------------------------- likelihood
+
+class Prefix(DynamicCache):
+    """The prefix's keys and values before those of the current tokens; keeps none of the latter."""
+
+    def __init__(self, layers: list):
+        super().__init__()
+        self.prefix = layers
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        k, v = self.prefix[layer]                                      # (1, h, C, e)
+        return (torch.cat([k.expand(len(keys), -1, -1, -1), keys], 2),
+                torch.cat([v.expand(len(keys), -1, -1, -1), values], 2))
+
+
+@torch.no_grad()
+def prefix(lm, layout: Layout) -> list:
+    """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: computed once for all users and steps."""
+    ids, block, order = (torch.tensor(column[:layout.cached]) for column in layout.fixed())
+    mask = additive(visible(block, order)[None], lm.dtype)
+    out = lm.base_model(input_ids=ids[None].to(lm.device), attention_mask=mask.to(lm.device),
+                        position_ids=order[None].to(lm.device), use_cache=True)
+    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+def hidden(lm, batch: Batch, theta: Tensor) -> Tensor:
+    """Last hidden states of the batch's columns, [B, Q, d] in the LLM's dtype, with θ [B, P, m, d] in its slots."""
+    x = lm.get_input_embeddings()(batch.ids)                           # (B, Q, d)
+    soft = theta.flatten(1, 2).to(x.dtype)                             # (B, P·m, d)
+    x = torch.cat([x[:, :batch.slots.start], soft, x[:, batch.slots.stop:]], 1)
+    cached = Prefix(batch.prefix) if batch.prefix is not None else None
+    return lm.base_model(inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions,
+                         past_key_values=cached, use_cache=cached is not None).last_hidden_state
+
+
+def nll(lm, batch: Batch, theta: Tensor) -> Tensor:
+    """−log P(B_u | θ_u) in nats, [B] fp32, differentiable in theta [B, P, m, d] (fp32, whatever the LLM's dtype).
+
+    Only value tokens count, never a lead, a name or BOS, and the head runs only where a value token is predicted.
+    """
+    h = hidden(lm, batch, theta).flatten(0, 1)[batch.predict]          # (S, d)
+    logits = lm.get_output_embeddings()(h)                             # (S, V)
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    gain = batch.weight * logp[batch.source, batch.target]             # (L,)
+    return -torch.zeros(len(batch.ids), dtype=gain.dtype, device=gain.device).index_add(0, batch.user, gain)
+
+
+# ------------------------------------------------------------------------------------------------------- EM
+
+class Book(NamedTuple):
+    """The codebook: one mixture of codes per profile."""
+    mu: list[Tensor]       # P × [K_p, m·d] fp32
+    pi: list[Tensor]       # P × [K_p] share of the users
+    tau2: Tensor           # [P] variance per coordinate around the own code, of the first M-step
+
+
+class Fitted(NamedTuple):
+    theta: Tensor          # [N, P, m, d] fp32
+    ids: Tensor            # [N, P] long, codes from 0
+    nll: Tensor            # [N] nats
+    book: Book
+    trace: list[dict]      # one entry per half-step
+
+
+def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | None = None,
+           precision: Tensor | None = None, *, steps: int = 8, lr: float = 0.05, budget: int = 2048,
+           cache: list | None = None, tick=lambda users: None) -> tuple[Tensor, Tensor]:
+    """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
+
+    rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
+    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass.
+    Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
+    """
+    theta, best_nll = theta.clone(), torch.empty(len(rows))
+    for users in batches([len(row.ids) for row in rows], budget):
+        batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
+        x = theta[users].to(lm.device).requires_grad_()
+        adam, best = torch.optim.Adam([x], lr=lr), torch.full((len(users),), math.inf, device=lm.device)
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
+                value = nll(lm, batch, x)
+                loss = value
+                if centre is not None:
+                    gap = (x.flatten(2) - centre[users].to(x.device)).square().sum(2)       # (B, P)
+                    loss = value + 0.5 * gap @ precision.to(x.device)
+            better = (loss < best).nonzero().flatten()
+            best[better], found = loss.detach()[better], [users[i] for i in better.tolist()]
+            theta[found], best_nll[found] = x.detach()[better].cpu(), value.detach()[better].cpu()
+            if step < steps:
+                loss.sum().backward()
+                adam.step()
+                adam.zero_grad()
+            tick(len(users))
+        if not best.isfinite().all():
+            raise Fault(4, f"the likelihood is not finite for user {users[int((~best.isfinite()).nonzero()[0])]} of the "
+                           "shard already at the start: try --dtype float32")
+    return theta, best_nll
+
+
+def batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of rows, sorted by length, in groups of at most `budget` padded tokens (at least one row each)."""
+    groups = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def m_step(theta: Tensor, codes: list[int], book: Book | None, seed: int = 0) -> tuple[Book, Tensor]:
+    """μ, z, π (and, the first time, τ²) from all θ [N, P, m, d]: k-means per profile, warm-started after the first round.
+
+    Returns (book, ids [N, P]). τ² stays as first found, so that F of different rounds can be compared.
+    """
+    x, mu, pi, ids, tau2 = theta.flatten(2), [], [], [], []
+    for p, k in enumerate(codes):
+        generator = torch.Generator().manual_seed(seed * 1009 + p)
+        found = kmeans(x[:, p], k, init=None if book is None else book.mu[p], generator=generator)
+        mu.append(found.centroids)
+        ids.append(found.ids)
+        pi.append(torch.bincount(found.ids, minlength=k) / len(x))
+        tau2.append(max(float(found.inertia) / x[:, p].numel(), 1e-12))
+    return Book(mu, pi, torch.tensor(tau2) if book is None else book.tau2), torch.stack(ids, 1)
+
+
+def centres(book: Book, ids: Tensor) -> Tensor:
+    """μ of each user's codes, [N, P, m·d]."""
+    return torch.stack([mu[z] for mu, z in zip(book.mu, ids.T)], 1)
+
+
+def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -> float:
+    """F = Σ_u [ log P(B_u|θ_u) − λ/2 Σ_p ‖θ_u^p − μ‖² / τ_p² ], nats."""
+    gap = (theta.flatten(2) - centres(book, ids)).square().sum(2)                           # (N, P)
+    return float(-nll.double().sum() - 0.5 * lam * (gap.double() / book.tau2).sum())
+
+
+def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 2, steps: int = 8, lr: float = 0.05,
+        lam: float = 0.02, seed: int = 0, shard: int = 256, budget: int = 2048, book: Book | None = None,
+        folder: Path | None = None, log=print) -> Fitted:
+    """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
+
+    rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
+    nearest codes: that is how new users are served. Shards already in `folder` are taken from there.
+    """
+    check_input(lm, rows)
+    fixed, trace, ids, cache = book is not None, [], None, prefix(lm, layout)
+    prior_mean = lm.get_input_embeddings().weight.float().mean(0).cpu()                     # (d,)
+    theta = prior_mean.repeat(len(rows), len(codes), layout.m, 1)                           # (N, P, m, d)
+    parts = [slice(i, i + shard) for i in range(0, len(rows), shard)]
+    files = [[folder and folder / f"shard_{r}_{i:05d}.pt" for i in range(len(parts))] for r in range(rounds + 1)]
+    todo = sum(len(rows[part]) for line in files for part, file in zip(parts, line) if not (file and file.exists()))
+    bar = Progress(total=todo * (steps + 1), desc="E-step", unit="user-step")
+
+    for r in range(rounds + 1):
+        centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
+        found = []
+        for part, file in zip(parts, files[r]):
+            work = lambda: e_step(lm, layout, rows[part], theta[part], None if centre is None else centre[part],
+                                  precision, steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update)
+            found.append(kept(file, work))
+        theta, value = (torch.cat(x) for x in zip(*found))
+        if r:
+            trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
+        if fixed:
+            ids = torch.stack([assign(theta[:, p].flatten(1), mu)[0] for p, mu in enumerate(book.mu)], 1)
+        else:
+            book, ids = m_step(theta, codes, book, seed)
+        trace.append(report(log, layout, r, "M", value, theta, ids, book, lam))
+    bar.close()
+    return Fitted(theta, ids, value, book, trace)
+
+
+def check_input(lm, rows: list[Row]) -> None:
+    """Exactly one tensor trains, θ; and every text fits the LLM's context."""
+    if any(weight.requires_grad for weight in lm.parameters()):
+        raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
+    longest, context = 1 + max(max(row.positions) for row in rows), getattr(lm.config, "max_position_embeddings", None)
+    if context and longest > context:
+        raise Fault(4, f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
+
+
+def kept(path: Path | None, work) -> tuple[Tensor, Tensor]:
+    """The result of `work`, taken from `path` where an earlier run left it, else left there for the next."""
+    if path is None:
+        return work()
+    if not path.exists():
+        theta, value = work()
+        publish(path, lambda file: torch.save({"theta": theta, "nll": value}, file))
+    saved = torch.load(path, weights_only=True)
+    return saved["theta"], saved["nll"]
+
+
+def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor, ids: Tensor, book: Book,
+           lam: float) -> dict:
+    """One half-step as a line on the screen and a record for meta.json; loud about a collapsed codebook."""
+    F = objective(value, theta, ids, book, lam)
+    entry = {"round": r, "half": half, "F": F, "nll": float(value.double().sum()), "usage": {}, "perplexity": {}}
+    line = f"round {r}  {half}-step  F {F:.2f}  −log P(B|θ) {entry['nll']:.2f}"
+    for p, (name, mu) in enumerate(zip(layout.profiles, book.mu)):
+        entry["usage"][name] = torch.bincount(ids[:, p], minlength=len(mu)).tolist()
+        entry["perplexity"][name] = perplexity(ids[:, p], len(mu))
+        line += f"  {name} {'/'.join(map(str, entry['usage'][name]))} (perplexity {entry['perplexity'][name]:.2f})"
+    log(line)
+    for name, spread in entry["perplexity"].items():
+        if half == "M" and spread < 1.5 and len(entry["usage"][name]) > 1:
+            log(f"WARNING: the codebook of {name} has collapsed: perplexity {spread:.2f}, nearly all users share one ID")
+    return entry
+
+
+# ------------------------------------------------------------------------------------------- LLM and files
+
+def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
+    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id; dtype: float32|bfloat16|float16|auto.
+
+    auto: the GPU if there is one; bfloat16 there and on CPUs with bf16 instructions, else float32. Raises Fault 2 (no
+    such folder), 3 (hub out of reach, gated or unknown id) or 4 (a folder that is no causal LM).
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    local = os.path.isdir(name)
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise Fault(2, f"--lm {name}: no such folder")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        can = torch.cpu.get_capabilities()
+        dtype = "bfloat16" if device != "cpu" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True,
+            attn_implementation="eager" if device == "cpu" else "sdpa")    # on CPUs sdpa's backward under a mask is slow
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if local:
+            raise Fault(4, f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors ({reason})") from error
+        if any(word in str(error) for word in ("gated", "401", "403")):
+            raise Fault(3, f"--lm {name}: access is refused. Accept its terms on its hub page, then log in with "
+                           f"`hf auth login` or set HF_TOKEN ({reason})") from error
+        raise Fault(3, f"--lm {name}: not to be had from the hub: wrong id, or no network? `python data.py lm --out DIR` "
+                       f"makes a local folder to pass instead ({reason})") from error
+    lm = lm.to(device).eval().requires_grad_(False)
+    check_lm(lm)
+    return lm, tokenizer
+
+
+@torch.no_grad()
+def check_lm(lm) -> None:
+    """nll runs the decoder and the head apart: refuse an LM whose logits are anything but head(decoder(x))."""
+    ids = torch.arange(4, device=lm.device)[None]
+    whole = lm(input_ids=ids).logits.float()
+    parts = lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state).float()
+    if not torch.allclose(whole, parts, atol=0.01 * float(whole.abs().max()) + 1e-6):
+        raise Fault(4, f"a {lm.config.model_type} LM is not supported: it changes its logits after the head")
+
+
+def describe(name: str, lm) -> dict:
+    """Which LLM it was: written into every result."""
+    source = Path(name) / "source.json"
+    known = read_json(source) if source.exists() else {
+        "name": Path(name).name if os.path.isdir(name) else name, "revision": getattr(lm.config, "_commit_hash", None)}
+    return {**known, "type": lm.config.model_type, "dtype": str(lm.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in lm.parameters())}
+
+
+def publish(path: Path, write) -> None:
+    """A file appears whole or not at all: `write(file)` into .tmp, fsync, rename."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def publish_json(path: Path, value: dict) -> None:
+    publish(path, lambda file: file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise Fault(4, f"{path}: {error.strerror}; is this the right folder?") from error
+    except ValueError as error:
+        raise Fault(4, f"{path}: no valid JSON ({error})") from error
+
+
+def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
+    """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
+    meta, users, evidence = read_json(folder / "meta.json"), [], []
+    path = folder / "evidence.jsonl"
+    if "layout" not in meta or not path.exists():
+        raise Fault(4, f"{folder} is no data folder of this kit (`python data.py …` makes one)")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                users.append(str(entry["user"]))
+                evidence.append({kind: [str(text) for text in texts] for kind, texts in entry["evidence"].items()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r})") from error
+    if not users:
+        raise Fault(4, f"{path} holds no users")
+    return users, evidence, meta
+
+
+def nearest_tokens(lm, tokenizer, mu: Tensor, m: int, n: int = 8) -> list[list[str]]:
+    """For each centroid [K, m·d] the n vocabulary tokens of highest cosine to its first soft token, mean removed."""
+    table = lm.get_input_embeddings().weight.float().cpu()                                  # (V, d)
+    mean = table.mean(0)
+    unit = torch.nn.functional.normalize(table - mean, dim=1)
+    code = torch.nn.functional.normalize(mu[:, :mu.shape[1] // m] - mean, dim=1)            # (K, d)
+    return [[tokenizer.decode([i]).strip() for i in row] for row in (code @ unit.T).topk(n, 1).indices.tolist()]
+
+
+def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fitted, layout: Layout, meta: dict) -> None:
+    """profiles.npz and meta.json. Users without evidence get the prior: the largest code and its centroid, flagged."""
+    N, P = len(users), len(layout.profiles)
+    ids = torch.stack([pi.argmax() for pi in fitted.book.pi]).repeat(N, 1)                  # (N, P)
+    theta = centres(fitted.book, ids)                                                       # (N, P, m·d)
+    value, empty = torch.zeros(N), torch.ones(N, dtype=torch.bool)
+    ids[active], theta[active], value[active], empty[active] = fitted.ids, fitted.theta.flatten(2), fitted.nll, False
+    arrays = {"users": np.array(users), "theta": theta.numpy(), "ids": ids.int().numpy(), "empty": empty.numpy(),
+              "names": np.array(layout.profiles), "nll": value.numpy(), "tau": fitted.book.tau2.sqrt().numpy()}
+    for p in range(P):
+        arrays |= {f"mu_{p}": fitted.book.mu[p].numpy(), f"pi_{p}": fitted.book.pi[p].numpy()}
+    publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
+    publish_json(folder / "meta.json", {
+        **meta, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
+        "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace})
+    for part in folder.glob("shard_*.pt*"):
+        part.unlink()
+
+
+def load_book(folder: Path, layout: Layout, width: int) -> Book:
+    """The codebook of a profiles folder, refused when it was made for other profiles or another LLM."""
+    path = folder / "profiles.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            names = tuple(saved["names"].tolist())
+            mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
+            book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise Fault(4, f"{path}: no profiles of this kit ({error})") from error
+    if names != layout.profiles or any(m.shape[1] != width for m in mu):
+        raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; the data and LLM given "
+                       f"have {layout.profiles} and width {width}")
+    return book
+
+
+# --------------------------------------------------------------------------------------------------- bench
+
+def bare(lm, tokens: int, width: int, predictions: int) -> None:
+    """The limit: forward and backward to the inputs over `tokens` tokens in plain causal rows, head where it is needed."""
+    x = torch.randn(max(tokens // width, 1), width, lm.config.hidden_size, device=lm.device).to(lm.dtype).requires_grad_()
+    h = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)[:predictions]
+    lm.get_output_embeddings()(h).float().log_softmax(-1)[:, 0].sum().backward()
+
+
+def naive(lm, layout: Layout, evidence: list[dict], theta: Tensor) -> Tensor:
+    """The obvious way, for reference: a text a row behind its own prompt, padded to the longest, logits everywhere. → [B]"""
+    ids, slots, labels = [], [], []
+    for user, texts in enumerate(evidence):
+        for kind, text in ((kind, text) for kind in texts for text in texts[kind]):
+            lead, view = layout.kinds[kind]
+            row = [layout.bos]
+            for p, name in enumerate(layout.names):
+                if view[p]:
+                    row += [*name, *[layout.bos] * layout.m]
+                    slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
+            row += lead
+            for token in layout.tokenizer.encode(" " + text, add_special_tokens=False)[:layout.cut]:
+                labels.append((len(ids), len(row) - 1, token, user))
+                row.append(token)
+            ids.append(row)
+    width, at, label = max(map(len, ids)), torch.tensor(slots).T, torch.tensor(labels).T
+    x = lm.get_input_embeddings()(torch.tensor([row + [layout.bos] * (width - len(row)) for row in ids], device=lm.device))
+    x = x.index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(x.dtype))                 # (texts, width, d)
+    logp = lm(inputs_embeds=x).logits.float().log_softmax(-1)                               # (texts, width, V)
+    return theta.new_zeros(len(evidence)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
+
+
+def bench(args) -> None:
+    """Evidence and labelled tokens per second of one E-step iteration, alternately with the limit and the naive way."""
+    lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
+    users, evidence, source = read_evidence(Path(args.data))
+    layout, evidence = Layout.build(source["layout"], tokenizer), evidence[:args.users]
+    rows, cache = [pack(texts, layout) for texts in evidence], prefix(lm, layout)
+    theta = lm.get_input_embeddings().weight.float().mean(0).repeat(len(rows), len(layout.profiles), 1, 1)
+    full = load_lm(args.lm, "float32", args.device)[0]
+    tokens, labels = sum(len(row.ids) for row in rows), sum(sum(row.labels) for row in rows)
+    predictions = sum(len({p for p, n in zip(row.parents, row.labels) if n}) for row in rows)
+
+    def naive_step(model):                       # a few users at a time, but one dense Adam over all of them, as its users do
+        x = theta.clone().to(model.device).requires_grad_()
+        adam = torch.optim.Adam([x])
+        for start in range(0, len(rows), 4):
+            naive(model, layout, evidence[start:start + 4], x[start:start + 4]).sum().backward()
+            adam.step()
+            adam.zero_grad()
+
+    def our_step():
+        for group in batches([len(row.ids) for row in rows], args.budget):
+            batch = collate([rows[u] for u in group], layout, cache, device=lm.device, dtype=lm.dtype)
+            x = theta[group].to(lm.device).requires_grad_()
+            nll(lm, batch, x).sum().backward()
+            torch.optim.Adam([x]).step()
+
+    ways = {"e_step": our_step,
+            "limit": lambda: bare(lm, tokens, max(tokens // len(rows), 1), predictions),
+            "naive": lambda: naive_step(full), "naive_same_dtype": lambda: naive_step(lm)}
+    seconds = {way: [] for way in ways}
+    for i in range(args.repeat + 1):             # in turn, the first round a warm-up
+        for way, run in ways.items():
+            began = time.perf_counter()
+            run()
+            if lm.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[way] += [time.perf_counter() - began] * (i > 0)
+    mid = {way: float(np.median(values)) for way, values in seconds.items()}
+    ratio = lambda way: round(float(np.median(np.divide(seconds[way], seconds["e_step"]))), 3)
+    result = {"lm": describe(args.lm, lm), "users": len(rows), "tokens": tokens, "labelled": labels,
+              "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
+              "of_limit": ratio("limit"), "vs_naive": ratio("naive"), "vs_naive_same_dtype": ratio("naive_same_dtype"),
+              "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(lm.device)}
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        publish_json(Path(args.out), result)
+    print(json.dumps(result))
+
+
+# ----------------------------------------------------------------------------------------------------- CLI
+
+def claim(folder: Path, settings: dict, restart: bool) -> None:
+    """Makes `folder` this run's own: shards of other settings are refused, or dropped with --restart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, parts = folder / "settings.json", list(folder.glob("shard_*.pt*"))
+    if restart:
+        for part in parts:
+            part.unlink()
+    elif parts and path.exists():
+        old = read_json(path)
+        differs = [f"{k}: {old.get(k)} → {settings.get(k)}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
+        if differs:
+            raise Fault(2, f"{folder} holds half a run with other settings ({'; '.join(differs)}). Choose another --out, "
+                           "or pass --restart to drop it")
+    publish_json(path, settings)
+
+
+def run_em(args) -> None:
+    """fit and infer: EM over the users of a data folder; infer takes settings and codebook from --profiles."""
+    began, out = time.time(), Path(args.out)
+    users, evidence, source = read_evidence(Path(args.data))
+    given = Path(args.profiles) if args.command == "infer" else None
+    keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed")
+    settings = read_json(given / "meta.json")["settings"] if given else {key: getattr(args, key) for key in keys}
+    lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
+    identity = describe(args.lm, lm)
+    layout = Layout.build(source["layout"], tokenizer, m=settings["tokens"])
+    rows = [pack(texts, layout) for texts in evidence]
+    active = [u for u, row in enumerate(rows) if any(row.labels)]
+    codes = settings["codes"]
+    if len(codes) != len(layout.profiles):
+        raise Fault(2, f"--codes: {len(codes)} numbers for {len(layout.profiles)} profiles ({', '.join(layout.profiles)})")
+    if not active or not given and max(codes) > len(active):
+        raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
+    book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
+    claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"]},
+          args.restart)
+    print(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
+          f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
+    fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
+                 lr=settings["lr"], lam=settings["prior"], seed=settings["seed"], shard=args.shard, budget=args.budget,
+                 book=book, folder=out)
+    save_profiles(out, users, active, fitted, layout, {
+        "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
+        "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
+        "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
+        "seconds": round(time.time() - began, 1)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("fit", "EM over all users of --data"), ("infer", "new users with the codebook of --profiles"),
+                       ("bench", "speed of an E-step iteration beside the bare LLM and the naive way")):
+        sub = commands.add_parser(name, help=text, allow_abbrev=False)
+        sub.add_argument("--data", required=True, help="folder made by data.py")
+        sub.add_argument("--lm", required=True, help="causal LM: a folder, or a hub id such as meta-llama/Llama-2-7b-hf")
+        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
+        sub.add_argument("--budget", type=whole, default=2048, help="padded tokens in one forward pass")
+        if name == "bench":
+            sub.add_argument("--users", type=whole, default=24, help="the first so many users of --data")
+            sub.add_argument("--repeat", type=whole, default=3, help="rounds that count, after one that warms up")
+            sub.add_argument("--out", help="JSON file for the figures")
+            continue
+        sub.add_argument("--out", required=True, help="folder for profiles.npz and meta.json")
+        sub.add_argument("--shard", type=whole, default=64, help="users per file, the unit that a killed run redoes")
+        sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
+        if name == "infer":
+            sub.add_argument("--profiles", required=True, help="folder made by fit: its codebook and settings")
+            continue
+        sub.add_argument("--codes", type=lambda text: [whole(k) for k in text.split(",")], default=[4, 3],
+                         help="codebook size of each profile, in the order of the layout")
+        sub.add_argument("--rounds", type=lambda text: whole(text, least=0), default=1, help="EM rounds after round 0")
+        sub.add_argument("--steps", type=whole, default=4, help="Adam steps in one E-step")
+        sub.add_argument("--lr", type=real, default=0.02, help="of Adam, in units of the embedding space")
+        sub.add_argument("--prior", type=real, default=0.02, help="λ: weight of the codebook in an E-step")
+        sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
+        sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
+    args = parser.parse_args()
+    bench(args) if args.command == "bench" else run_em(args)
+
+
+def whole(text: str, least: int = 1) -> int:
+    """argparse type: a whole number from `least` on."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def real(text: str) -> float:
+    """argparse type: a finite number, not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 on")
+    return value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Fault as fault:
+        print(f"uip.py: {fault}", file=sys.stderr)
+        sys.exit(fault.code)
+    except KeyboardInterrupt:
+        print("uip.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
