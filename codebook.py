@@ -1,12 +1,12 @@
-"""Collaborative IDs: k-means codebooks, and the feature bank that serves each user's codes (torch, numpy only).
+"""Collaborative IDs: k-means codebooks, and the feature bank that serves each user's codes.
 
-    python codebook.py bank   --profiles DIR --out DIR                 the bank: user id → codes, memory-mapped
-    python codebook.py lookup --bank DIR USER...                       codes of users; exit code 4 if one is unknown
-    python codebook.py cards  --profiles DIR --data DIR [--out FILE]   what each ID means, as Markdown tables
-    python codebook.py score  --profiles DIR --data DIR --out FILE     IDs against known groups (planted data)
-    python codebook.py bench  [--rows N] [--users N]                   speed of k-means and of the bank
+    python codebook.py bank   --profiles DIR --out DIR               the bank: user id → codes, memory-mapped
+    python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
+    python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
+    python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
+    python codebook.py bench  [--rows N] [--users N]                 speed of k-means and of the bank
 
-A code is counted from 0 in arrays named `ids` and from 1 in a bank and in cards, where 0 means "unknown user".
+Codes count from 0 in arrays named `ids`, and from 1 in a bank and in cards, where 0 means "unknown user".
 """
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Progress(tqdm):
     def close(self):
         if self.plain and not self.disable:
             self.display()
-            self.disable = True                                        # tqdm's own close would add a blank line
+            self.disable = True                                        # tqdm's close would add a blank line
         super().close()
 
 
@@ -70,15 +70,15 @@ class Clusters(NamedTuple):
 
 
 def chunk_rows(x: Tensor) -> int:
-    """Rows per chunk: 32 MB on a CPU (few enough thread barriers), a GPU wants larger pieces."""
-    return max(1, (2**23 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
+    """Rows per chunk: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces."""
+    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
 
 
 @torch.no_grad()
 def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of each row: x [N, d], centroids [K, d] -> (ids [N] int64, squared distances [N] fp32).
+    """Nearest centroid: x [N, d], centroids [K, d] -> (ids [N] int64, squared distances [N] fp32).
 
-    Both are moved by the centroids' mean first (|x|² − 2xc + |c|² cancels badly far from 0); ties go to the lower id.
+    Both are moved by the centroids' mean first: |x|² − 2xc + |c|² cancels badly far from 0.
     """
     shift = centroids.mean(0)
     c, ids, distances = (centroids - shift).float(), [], []
@@ -91,7 +91,7 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
 
 
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn in proportion to its squared distance."""
+    """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn by its squared distance."""
     draw = lambda: torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
     norms, nearest, chosen = torch.linalg.vector_norm(x, dim=1).square(), None, [int(draw() * len(x))]
     while len(chosen) < k:
@@ -109,10 +109,10 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
-    """One assignment of x [N, d] to c [K, d]: updates ids [N] and sums [K, d] (fp64) in place, returns how many moved.
+    """One assignment of x [N, d] to c [K, d], ids [N] and sums [K, d] (fp64) updated in place: how many moved.
 
-    Only rows that moved change the sums (ours), as a signed one-hot product: after a few iterations they are few.
-    ids start at −1, which is no code's row. The squared norms of x cancel in the argmin and are never needed.
+    Only rows that moved change the sums (ours), as a signed one-hot product: soon they are few. ids start at −1,
+    no code's row. The squared norms of x are the same for all codes, so the argmin does without them.
     """
     codes, half, moved = torch.arange(len(c), device=x.device)[:, None], 0.5 * c.square().sum(1), 0
     for part, old in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x))):
@@ -126,16 +126,15 @@ def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
     return moved
 
 
-def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """New centroids [K, d]. An empty code takes the row farthest from its own centroid, away from its old cluster.
+def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> Tensor:
+    """New centroids [K, d]. An empty code takes the row farthest from its centroid out of its old cluster.
 
-    Several empty codes take several rows (as scikit-learn does). A cluster that lost its only row stays where it was.
+    Several empty codes take several rows (as in scikit-learn). A cluster that lost its only row stays where it was.
     """
+    counts = ids.bincount(minlength=len(c))
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
-        sums, counts = sums.clone(), counts.clone()
-        distance = torch.cat([(part - c[own]).square().sum(1)
-                              for part, own in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x)))])
+        sums, distance = sums.clone(), assign(x, c)[1]
         for code, row in zip(empty, distance.topk(len(empty)).indices.tolist()):
             sums[ids[row]] -= x[row]
             counts[ids[row]] -= 1
@@ -143,39 +142,49 @@ def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor, counts: Tensor) -> Te
     return torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), c)
 
 
-def lloyd(x: Tensor, c: Tensor, iters: int) -> tuple[Tensor, list[float]]:
-    """At most `iters` Lloyd iterations from c [K, d]; stops when no row moves. Returns (centroids, history)."""
+def lloyd(x: Tensor, c: Tensor, mean: Tensor, total: float, iters: int) -> Clusters:
+    """At most `iters` Lloyd iterations on x [N, d] from c [K, d], then one assignment to what is returned.
+
+    x and c are centred: `mean` is added to the centroids returned. total: Σ|x|². Stops when no row moves.
+    """
     ids = torch.full((len(x),), -1, device=x.device)
-    sums = torch.zeros(c.shape, dtype=torch.float64, device=x.device)
-    total = torch.linalg.vector_norm(x, dim=1).double().square().sum()
-    history = []
+    sums, history = torch.zeros(c.shape, dtype=torch.float64, device=x.device), []
+
+    def inertia() -> float:
+        """Σ|x − c|² = Σ|x|² − 2 Σ_k s_k·c_k + Σ_k n_k |c_k|²: K × d work instead of N × d."""
+        wide, counts = c.double(), ids.bincount(minlength=len(c))
+        return max(0.0, total + float((counts * wide.square().sum(1)).sum() - 2 * (sums * wide).sum()))
+
     for _ in range(iters):
-        moved, wide = sweep(x, c, ids, sums), c.double()
-        counts = ids.bincount(minlength=len(c))
-        # Σ|x − c|² = Σ|x|² − 2 Σ_k s_k·c_k + Σ_k n_k |c_k|²: K × d work instead of N × d
-        inertia = total - 2 * (sums * wide).sum() + (counts * wide.square().sum(1)).sum()
-        history.append(max(0.0, float(inertia)))
+        moved = sweep(x, c, ids, sums)
+        history.append(inertia())
         if not moved:
             break
-        c = means(x, c, ids, sums, counts)
-    return c, history
+        c = means(x, c, ids, sums)
+    rounded = (c + mean).float()
+    c = (rounded - mean).float()
+    sweep(x, c, ids, sums)
+    value = inertia()
+    if value < 1e-3 * total:                                           # a difference of two large numbers
+        value = float((x - c[ids]).double().square().sum())
+    return Clusters(rounded, ids, value, history)
 
 
 @torch.no_grad()
 def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor | None = None,
            generator: torch.Generator | None = None) -> Clusters:
-    """Lloyd's k-means (paper, quantisation module: one codebook per profile). x [N, d], any float dtype and device.
+    """Lloyd's k-means (paper, quantisation module: one codebook per profile). x [N, d], any dtype and device.
 
-    Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that equal
-    data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored). Exactly
-    `iters` iterations unless no row moves any more. Extra memory: one centred fp32 copy of x, and 8 bytes a row.
+    Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that
+    equal data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored).
+    Exactly `iters` iterations unless no row moves any more. Memory: one centred fp32 copy of x, 8 bytes a row.
     The default generator is seeded with 0; the global one is never used.
-    Raises Fault 2 for a bad shape, k < 1, k > N or an init that does not fit; Fault 4 for NaN or infinite values.
+    Raises Fault 2 for a bad shape, k < 1, k > N or an unfit init; Fault 4 for NaN, infinite or huge values.
     """
     if x.ndim != 2 or x.shape[1] == 0:
         raise Fault(2, f"k-means needs a table [rows, dimensions], got the shape {list(x.shape)}")
     if not 1 <= k <= len(x):
-        raise Fault(2, f"k-means with {k} codes needs at least {max(k, 1)} rows and one code, got {len(x)} rows")
+        raise Fault(2, f"k-means needs at least one code and as many rows as codes: {k} codes, {len(x)} rows")
     if iters < 0 or n_init < 1:
         raise Fault(2, f"k-means needs iters >= 0 and n_init >= 1, got {iters} and {n_init}")
     if init is not None and init.shape != (k, x.shape[1]):
@@ -183,8 +192,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     mean = x.mean(0)
     centred = (x - mean).float()                                       # (N, d)
-    finite = torch.linalg.vector_norm(centred, dim=1).square().isfinite()
-    if not finite.all() or init is not None and not init.isfinite().all():
+    total = float(torch.linalg.vector_norm(centred, dim=1).double().square().sum())
+    if not total < 1e37 or init is not None and not init.isfinite().all():
         bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
         where = f"row {bad[0]} is the first of {len(bad)}" if bad else "in init, or the squares overflow"
         raise Fault(4, f"k-means got NaN, infinite or huge values ({where})")
@@ -192,30 +201,30 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     best = None
     for _ in range(n_init if init is None else 1):
         start = seed_centroids(centred, k, generator) if init is None else (init.to(x) - mean).float()
-        c, history = lloyd(centred, start, iters)
-        c = (c + mean).float()                                         # ids and inertia are those of what is returned
-        ids, distance = assign(centred, (c - mean).float())
-        inertia = float(distance.double().sum())
-        if best is None or inertia < best.inertia:
-            best = Clusters(c, ids, inertia, history)
+        found = lloyd(centred, start, mean, total, iters)
+        if best is None or found.inertia < best.inertia:
+            best = found
     return best if init is not None else canonical(best)
 
 
 def canonical(clusters: Clusters) -> Clusters:
     """The same codes by size, largest first, then by first, second, … coordinate."""
-    size, rows = clusters.ids.bincount(minlength=len(clusters.centroids)).tolist(), clusters.centroids.tolist()
-    order = torch.tensor(sorted(range(len(rows)), key=lambda j: (-size[j], rows[j])), device=clusters.ids.device)
-    return clusters._replace(centroids=clusters.centroids[order], ids=order.argsort()[clusters.ids])
+    centroids, ids, rows = clusters.centroids, clusters.ids, clusters.centroids.tolist()
+    size = ids.bincount(minlength=len(rows)).tolist()
+    order = torch.tensor(sorted(range(len(rows)), key=lambda j: (-size[j], rows[j])), device=ids.device)
+    return clusters._replace(centroids=centroids[order], ids=order.argsort()[ids])
 
 
-def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8, seed: int = 0) -> Clusters:
-    """The gradient-trained codebook of the paper's authors' code, for the ablation: it collapses, k-means does not.
+def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8,
+       seed: int = 0) -> Clusters:
+    """The gradient-trained codebook of the authors' code, for the ablation: it collapses, k-means does not.
 
-    theta [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[θ] − e‖² to the nearest code on random minibatches, and
-    nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
+    theta [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[θ] − e‖² to the nearest code on random minibatches,
+    and nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
     """
     generator = torch.Generator().manual_seed(seed)
-    codes = ((2 * torch.rand(k, theta.shape[1], generator=generator) - 1) / k).to(theta.device).requires_grad_()
+    codes = (2 * torch.rand(k, theta.shape[1], generator=generator) - 1) / k                # (K, d)
+    codes = codes.to(theta.device).requires_grad_()
     adam, history = torch.optim.Adam([codes], lr=lr), []
     for _ in range(steps):
         rows = theta[torch.randint(len(theta), (batch,), generator=generator)].detach().float()      # (b, d)
@@ -229,13 +238,13 @@ def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int
 
 
 def perplexity(ids, k: int) -> float:
-    """exp(entropy) of the usage of k codes: 1 = all users on one code, k = even use. ids [N] ints in 0 … k − 1."""
+    """exp(entropy) of the usage of k codes: 1 = all on one code, k = even use. ids [N] in 0 … k − 1."""
     share = torch.bincount(torch.as_tensor(ids).flatten().long(), minlength=k).double() / len(ids)
     return float(torch.special.entr(share).sum().exp())
 
 
 def ari(a, b) -> float:
-    """Adjusted Rand index of two labellings [N] (Hubert & Arabie 1985): 1 = same groups, 0 = chance; nan for N = 0."""
+    """Adjusted Rand index of two labellings [N] (Hubert & Arabie 1985): 1 = same, 0 = chance; nan for N = 0."""
     a, b = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (a, b))
     if len(a) != len(b):
         raise ValueError(f"two labellings of {len(a)} and {len(b)} rows")
@@ -305,17 +314,19 @@ def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------- feature bank
 
 VERSION = 1
-BLOCK, BLOCKS = 1 << 16, 64          # open() hashes at most this many blocks of this many bytes per file: 4 MiB
+BLOCK, BLOCKS = 1 << 16, 64          # open() hashes at most 64 blocks of 64 KiB of a file: 4 MiB
 
 
 def hash_users(users) -> np.ndarray:
-    """64-bit keys of user ids. users: str array or list [n] -> uint64 [n]. FNV-1a over code points, murmur3 finaliser.
+    """64-bit keys of user ids. users: str array or list [n] -> uint64 [n].
 
-    Integers count as their decimal text. The array's width does not matter: padding NULs are skipped.
+    FNV-1a over code points, then murmur3's finaliser. Integers count as their decimal text. The array's width does
+    not matter: padding NULs are skipped.
     """
-    a = np.ascontiguousarray(np.asarray(users).reshape(-1).astype(str))
+    a = np.asarray(users).reshape(-1).astype(str)
+    a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
     h = np.full(len(a), 0xCBF29CE484222325, np.uint64)
-    for column in a.view(np.uint32).reshape(len(a), a.itemsize // 4).T:                     # W × (n,) code points
+    for column in a.view(np.uint32).reshape(len(a), a.itemsize // 4).T:    # W × (n,) code points
         if column.any():
             h = np.where(column != 0, (h ^ column) * np.uint64(0x100000001B3), h)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
@@ -335,12 +346,13 @@ def hash_user(user: str) -> int:
 
 
 def digest(path: Path, sample: bool = False) -> str:
-    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (up to 4 MiB: of all of it)."""
+    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
     size, sha = path.stat().st_size, hashlib.sha256()
     starts = range(0, size, BLOCK)
     if sample:
         sha.update(str(size).encode())
-        starts = starts if len(starts) <= BLOCKS else np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist()
+        if len(starts) > BLOCKS:
+            starts = np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist()
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
@@ -355,11 +367,11 @@ def seal(meta: dict) -> str:
 
 
 class Bank:
-    """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped, so that readers share one page cache.
+    """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped: readers share one page cache.
 
-    keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user up
-    to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it always sees a
-    truncated or exchanged file, and every altered byte up to 4 MiB; verify() reads everything.
+    keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user
+    up to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it sees every
+    truncated or exchanged file, and every altered byte of files up to 4 MiB; verify() reads everything.
     """
 
     FILES = ("keys.npy", "codes.npy", "codebook.npz")
@@ -369,42 +381,43 @@ class Bank:
 
     @classmethod
     def build(cls, folder, users, codes, meta: dict | None = None, centroids=()) -> "Bank":
-        """Writes a bank and opens it. users: N distinct ids (str or int); codes: int [N, P], from 1, 0 = unknown.
+        """Writes a bank and opens it. users: N distinct ids (str or int); codes: int [N, P] from 1, 0 = unknown.
 
-        meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept for inference.
-        Takes about 40 bytes of memory a user. A bank already at `folder` is replaced only when the new one is complete.
+        meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept beside them.
+        Takes about 40 bytes of memory a user. A bank already there is replaced only when the new one is complete.
         """
         folder, codes, meta = Path(folder), np.asarray(codes), dict(meta or {})
-        if codes.ndim != 2 or len(codes) != len(users) or not codes.size or not np.issubdtype(codes.dtype, np.integer):
+        if codes.shape[:-1] != (len(users),) or not codes.size or codes.dtype.kind not in "iu":
             raise Fault(4, f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
         if codes.min() < 0 or codes.max() > 65535:
             raise Fault(4, f"bank codes must lie in 0 … 65535, found {codes.min()} … {codes.max()}")
         names = [str(name) for name in meta.setdefault("names", [f"p{p}" for p in range(codes.shape[1])])]
         if len(names) != codes.shape[1]:
             raise Fault(4, f"{len(names)} profile names for {codes.shape[1]} columns of codes")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "keys.npy").exists()):
+        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / cls.FILES[0]).exists():
             raise Fault(2, f"{folder} exists and is no bank: name another folder")
         keys = np.concatenate([hash_users(users[i:i + 2**19]) for i in
-                               Progress(range(0, len(users), 2**19), desc="user keys", leave=False)])
+                               Progress(range(0, len(users), 2**19), desc="user keys", disable=len(users) < 2**22)])
         order = keys.argsort(kind="stable")
         keys = keys[order]
         for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
             a, b = str(users[order[i]]), str(users[order[i + 1]])
-            raise Fault(4, f"user {a!r} is listed twice" if a == b else f"users {a!r} and {b!r} have the same hash")
+            raise Fault(4, f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
         fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
         for stale in (fresh, old):
             shutil.rmtree(stale, ignore_errors=True)
         fresh.mkdir(parents=True)
         np.save(fresh / "keys.npy", keys)
         np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
-        np.savez(fresh / "codebook.npz", names=np.array(names), **{f"mu_{p}": mu for p, mu in enumerate(centroids)})
+        mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
+        np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
         meta |= {"version": VERSION, "users": len(users),
                  "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
                  "sha256": {name: digest(fresh / name) for name in cls.FILES},
                  "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
         write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
         sync(fresh)
-        if folder.exists():                                            # a folder cannot be replaced in one step
+        if folder.exists():                                        # a folder cannot be replaced in one step
             folder.rename(old)
         fresh.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -412,14 +425,15 @@ class Bank:
 
     @classmethod
     def open(cls, folder) -> "Bank":
-        """Memory-maps a bank. Fault 4 if it is missing, truncated, altered (see above) or of another version."""
+        """Memory-maps a bank. Fault 4 if it is missing, truncated, altered or of another version."""
         folder = Path(folder)
         meta = read_json(folder / "meta.json", "version", "seal", "users", "names", "sample")
         if meta["version"] != VERSION:
-            raise Fault(4, f"{folder} is a bank of version {meta['version']}, this is {VERSION}: build it again")
+            raise Fault(4, f"{folder} has version {meta['version']}, needed is {VERSION}: build the bank again")
         for name in cls.FILES:
-            if not (folder / name).is_file() or digest(folder / name, sample=True) != meta["sample"].get(name):
-                raise Fault(4, f"{folder / name} is missing, truncated or altered: build the bank again")
+            path = folder / name
+            if not path.is_file() or digest(path, sample=True) != meta["sample"].get(name):
+                raise Fault(4, f"{path} is missing, truncated or altered: build the bank again")
         if seal(meta) != meta["seal"]:
             raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
         keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
@@ -433,23 +447,33 @@ class Bank:
                 raise Fault(4, f"{self.folder / name} was altered: build the bank again")
 
     def lookup(self, users) -> np.ndarray:
-        """Codes of users: a str, or n ids as a list, str array or int array -> int32 [n, P]; 0 = unknown.
-
-        Hashes are uniform, so key · N / 2^64 is nearly the row and four interpolation steps find almost all; what is
-        left, unknown users among it, takes a binary search.
-        """
+        """Codes of users: a str, or n ids as a list, str array or int array -> int32 [n, P]; 0 = unknown."""
         if isinstance(users, str):
             key = np.uint64(hash_user(users))
             row = min(int(self.keys.searchsorted(key)), len(self.keys) - 1)
             return self.codes[row:row + 1].astype(np.int32) * (self.keys[row] == key)
-        wanted, last, scale = hash_users(users), len(self.keys) - 1, len(self.keys) / 2**64
-        row = np.minimum((wanted * scale).astype(np.int64), last)
-        for _ in range(4):
-            step = ((wanted - self.keys[row]).view(np.int64) * scale).astype(np.int64)
-            row = (row + step).clip(0, last)
-        left = (self.keys[row] != wanted).nonzero()[0]
-        row[left] = np.minimum(self.keys.searchsorted(wanted[left]), last)
+        wanted = hash_users(users)
+        row = find(self.keys, wanted)
         return self.codes[row].astype(np.int32) * (self.keys[row] == wanted)[:, None]
+
+
+def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Row of each wanted key in sorted `keys`, uint64 [n] -> int64 [n]; any row where it is absent.
+
+    A binary search over all keys misses the cache at most steps. Hashes are uniform, so key · N / 2^64 is nearly
+    the row: three interpolation steps, then a binary search in 64 rows. Where that missed, a full search.
+    """
+    last, scale = len(keys) - 1, len(keys) / 2**64
+    row = np.minimum((wanted * scale).astype(np.int64), last)
+    for _ in range(3):
+        row = (row + np.rint((wanted - keys[row]).view(np.int64) * scale).astype(np.int64)).clip(0, last)
+    row = np.maximum(row - 32, 0)
+    for step in (32, 16, 8, 4, 2, 1):
+        row = row + step * (keys[np.minimum(row + step - 1, last)] < wanted)
+    row = np.minimum(row, last)
+    missed = ((keys[row] < wanted) | (keys[np.maximum(row - 1, 0)] >= wanted)).nonzero()[0]
+    row[missed] = np.minimum(keys.searchsorted(wanted[missed]), last)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -471,14 +495,14 @@ def read_profiles(folder) -> Profiles:
     need(path, found, [f"mu_{p}" for p in range(len(names))])
     mu = [found[f"mu_{p}"] for p in range(len(names))]
     if not len(users) or ids.shape != (len(users), len(names)):
-        raise Fault(4, f"{path}: ids of shape {list(ids.shape)} for {len(users)} users and {len(names)} profiles")
+        raise Fault(4, f"{path}: ids {list(ids.shape)} for {len(users)} users and {len(names)} profiles")
     if (ids < 0).any() or (ids >= [len(m) for m in mu]).any():
         raise Fault(4, f"{path}: an id lies outside its codebook of {[len(m) for m in mu]} codes")
     return Profiles(users, ids, names, mu, read_json(Path(folder) / "meta.json"))
 
 
 def match(users, known) -> np.ndarray:
-    """Row in `known` of each of `users` (str arrays), −1 where absent: folders are joined by id, never by order."""
+    """Row in `known` of each of `users` (str arrays), −1 where absent: folders are joined by id, not by order."""
     row = {user: i for i, user in enumerate(known.tolist())}
     return np.array([row.get(user, -1) for user in users.tolist()], np.int64)
 
@@ -499,19 +523,20 @@ def command_lookup(args) -> None:
     bank = Bank.open(args.bank)
     codes = bank.lookup(args.user)
     for user, row in zip(args.user, codes):
-        print(user, *(f"{name}={code}" for name, code in zip(bank.meta["names"], row)) if row.any() else ["unknown"])
+        known = [f"{name}={code}" for name, code in zip(bank.meta["names"], row)]
+        print(user, *(known if row.any() else ["unknown"]))
     if not codes.any(1).all():
         raise Fault(4, f"{int((~codes.any(1)).sum())} of {len(codes)} users are not in {args.bank}")
 
 
 def distinct(counts: np.ndarray) -> np.ndarray:
-    """What sets each group apart: z of the smoothed log-odds against all other groups, [K, W]. counts: [K, W] ints.
+    """What sets each group apart: z of the smoothed log-odds against all other groups. counts [K, W] -> [K, W].
 
-    Informative Dirichlet prior (Monroe et al. 2008, "Fightin' Words", eq. 16–22): a word's prior is its share of all
-    words, 10 pseudo-counts a word on average, so that a rare word needs more than one lucky user.
+    Informative Dirichlet prior (Monroe et al. 2008, "Fightin' Words"): a word's prior is its share of all words, one
+    pseudo-count a word on average (ours), so that a rare word needs more than one lucky user.
     """
     total = counts.sum(0)                                              # (W,)
-    prior = 10 * len(total) * total / total.sum()
+    prior = len(total) * total / max(1, total.sum())
     rest = total - counts
     odds = lambda y: np.log((y + prior) / (y.sum(1, keepdims=True) + prior.sum() - y - prior))
     if len(total) < 2:
@@ -520,16 +545,17 @@ def distinct(counts: np.ndarray) -> np.ndarray:
 
 
 def evidence_counts(data, profiles: Profiles, views: dict[str, set]) -> list[tuple[np.ndarray, list[str]]]:
-    """Per profile: how often each value of the kinds in its view occurs per code, [K, W], and the W values."""
+    """Per profile: the W values of the kinds in its view, and how often each occurs per code, [K, W]."""
     path, row = Path(data) / "evidence.jsonl", {user: i for i, user in enumerate(profiles.users.tolist())}
     counters = [Counter() for _ in profiles.names]
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(Progress(file, desc="evidence", unit=" users", leave=False), 1):
                 entry = json.loads(line)
-                who = row.get(entry["user"])
+                who, evidence = row.get(entry["user"]), entry["evidence"].items()
                 for p, name in enumerate(profiles.names if who is not None else ()):
-                    counters[p].update((int(profiles.ids[who, p]), value) for kind, values in entry["evidence"].items()
+                    code = int(profiles.ids[who, p])
+                    counters[p].update((code, value) for kind, values in evidence
                                        if name in views.get(kind, ()) for value in values)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise Fault(4, f"{path}, line {number}: not a line of evidence ({error!r})") from None
@@ -579,7 +605,7 @@ def command_cards(args) -> None:
 
 
 def command_score(args) -> None:
-    """IDs against the groups that made the data: adjusted Rand index with the own profile and with the others."""
+    """IDs against the groups that made the data: adjusted Rand index with the own and with other profiles."""
     profiles, path = read_profiles(args.profiles), Path(args.data) / "truth.npz"
     truth = read_npz(path, "users", "n_train", *profiles.names)
     row = match(truth["users"], profiles.users)                        # (M,)
@@ -591,8 +617,8 @@ def command_score(args) -> None:
         scores = {}
         for p, name in enumerate(profiles.names):
             each = {other: ari(profiles.ids[row[users], p], truth[other][users]) for other in profiles.names}
-            own = each.pop(name)
-            scores[name] = {"own": own, "other": max(map(abs, each.values()), default=0.0)} if users.any() else None
+            own, others = each.pop(name), [abs(score) for score in each.values()]
+            scores[name] = {"own": own, "other": max(others, default=0.0)} if users.any() else None
         return scores
 
     result = {"lm": profiles.meta.get("lm"), "F": profiles.meta.get("F"),
@@ -614,7 +640,7 @@ def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> None:
 
 
 def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
-    """The same iterations from the same start by others; scikit-learn and faiss only where they are installed."""
+    """The same iterations from the same start by others: scikit-learn and faiss only where installed."""
     k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
     try:
         from sklearn.cluster import KMeans
@@ -624,7 +650,7 @@ def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
         pass
     try:
         import faiss
-        other = faiss.Kmeans(x.shape[1], k, niter=iters, max_points_per_centroid=len(x), min_points_per_centroid=1)
+        other = faiss.Kmeans(x.shape[1], k, niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
         calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy())
     except ImportError:
         pass
@@ -638,16 +664,17 @@ def seconds(call) -> float:
 
 
 def bench_kmeans(n: int, d: int, k: int, iters: int = 10, rounds: int = 5) -> dict:
-    """Best seconds of `rounds` alternating runs each, and the ratio rival / ours (above 1: ours is faster)."""
+    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster)."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(k))
     calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters), **rivals(x, x[:k].clone(), iters)}
     best = {name: min(times) for name, times in
             zip(calls, zip(*([seconds(call) for call in calls.values()] for _ in range(rounds))))}
-    return {"n": n, "d": d, "k": k, "seconds": best, "ratio": {m: best[m] / best["ours"] for m in best if m != "ours"}}
+    ratio = {name: value / best["ours"] for name, value in best.items() if name != "ours"}
+    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio}
 
 
 def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
-    """Build, open and lookups of n users, beside a SQLite primary key on one id at a time and in batches."""
+    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time."""
     rng = np.random.default_rng(0)
     users = np.char.add("u", rng.permutation(n).astype(str))
     codes = rng.integers(1, 5, (n, 2))
@@ -663,17 +690,20 @@ def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
         db.executemany("INSERT INTO bank VALUES (?, ?, ?)",
                        ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in order))
         db.commit()
-        query = lambda some: [db.execute("SELECT a, b FROM bank WHERE user = ?", (u,)).fetchone() for u in some]
-        lite = float(np.median([seconds(lambda: query(some)) for some in [b.tolist() for b in batches[:20]]])) / batch
+        sql = "SELECT a, b FROM bank WHERE user = ?"
+        query = lambda some: [db.execute(sql, (user,)).fetchone() for user in some]
+        lite = float(np.median([seconds(lambda: query(some)) for some in map(np.ndarray.tolist, batches)])) / batch
     size = sum(file.stat().st_size for file in (folder / "bank").iterdir())
     return {"users": n, "build_s": build, "bytes_per_user": size / n, "open_ms": 1e3 * opened,
-            "lookups_per_s": 1 / each, "single_p99_us": 1e6 * float(np.quantile(single, 0.99)), "vs_sqlite": lite / each}
+            "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
+            "single_p99_us": 1e6 * float(np.quantile(single, 0.99))}
 
 
 def command_bench(args) -> None:
     """Prints figures as they come; the last line is all of them as JSON."""
-    result = {"kmeans": [], "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-                                        "threads": torch.get_num_threads(), "numpy": np.__version__}}
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "numpy": np.__version__}
+    result = {"machine": machine, "kmeans": []}
     for n, d in ((args.rows, 576), (args.rows // 5, 4096)):
         for k in (4, 32):
             result["kmeans"].append(bench_kmeans(n, d, k))
@@ -689,7 +719,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, *options: tuple) -> None:
-        sub = commands.add_parser(name, help=run.__doc__.strip(), description=run.__doc__.strip(), allow_abbrev=False)
+        text = run.__doc__.strip()
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         for flag, how in options:
             sub.add_argument(flag, **how)
@@ -706,8 +737,8 @@ def main(argv: list[str] | None = None) -> None:
     command("score", command_score, profiles, data,
             ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
     command("bench", command_bench,
-            ("--rows", {"type": int, "default": 100_000, "help": "rows of the k-means runs (default: 100000)"}),
-            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: 10 million)"}))
+            ("--rows", {"type": int, "default": 100_000, "help": "rows for k-means (default: 100000)"}),
+            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}))
     args = parser.parse_args(argv)
     args.run(args)
 

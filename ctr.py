@@ -85,7 +85,7 @@ def uniform(rows: int, columns: int, bound: float) -> Tensor:
 class Fields(nn.Module):
     """One embedding table for all fields; a value outside its field (new, negative) reads the field's row 0.
 
-    Weights start in ±0.1: FM's factors must not be 0, which is a saddle point, and must be small, because a
+    Weights start in ±0.01: FM's factors must not be 0, which is a saddle point, and must be small, because a
     value seen once keeps nearly what it started with and should add nothing to the logit.
     """
 
@@ -94,7 +94,7 @@ class Fields(nn.Module):
         sizes = torch.as_tensor(list(sizes))
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), width, _weight=uniform(int(sizes.sum()), width, 0.1))
+        self.table = nn.Embedding(int(sizes.sum()), width, _weight=uniform(int(sizes.sum()), width, 0.01))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: integers [B, F] → [B, F, width]."""
@@ -749,11 +749,11 @@ def bench(args) -> None:
 
 # ------------------------------------------------------------------------------------------------------ CLI
 
-def positive(kind):
-    """An argparse type: a number above 0."""
+def positive(kind, zero: bool = False):
+    """An argparse type: a finite number above 0, or 0 where that may be."""
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not (0 < value < math.inf or zero and value == 0):
             raise ValueError
         return value
     parse.__name__ = f"positive {kind.__name__}"
@@ -779,7 +779,7 @@ def main(argv=None) -> None:
             ("lr", float, 1e-2, "Adam's learning rate"), ("batch", int, 256, "rows a step"),
             ("epochs", int, 50, "most epochs"), ("patience", int, 3, "epochs without a better AUC")):
         one.add_argument(f"--{name}", type=positive(kind), default=default, help=f"{text} ({default})")
-    one.add_argument("--l2", type=positive(float), default=1e-5, help="L2 on the embeddings (default: %(default)s)")
+    one.add_argument("--l2", type=positive(float, zero=True), default=1e-5, help="embeddings' L2 (1e-5)")
     two = commands.add_parser("table", help="render results as Markdown", allow_abbrev=False)
     two.set_defaults(do=table)
     two.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")

@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import Fault, Progress, assign, kmeans, perplexity
+from codebook import Fault, Progress, as_json, assign, kmeans, perplexity, read_json, read_npz, write_text
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -258,7 +259,7 @@ class Fitted(NamedTuple):
 
 
 def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | None = None,
-           precision: Tensor | None = None, *, steps: int = 8, lr: float = 0.05, budget: int = 2048,
+           precision: Tensor | None = None, *, steps: int = 4, lr: float = 0.02, budget: int = 1024,
            cache: list | None = None, tick=lambda users: None) -> tuple[Tensor, Tensor]:
     """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
 
@@ -329,8 +330,8 @@ def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -
     return float(-nll.double().sum() - 0.5 * lam * (gap.double() / book.tau2).sum())
 
 
-def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 2, steps: int = 8, lr: float = 0.05,
-        lam: float = 0.02, seed: int = 0, shard: int = 256, budget: int = 2048, book: Book | None = None,
+def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 2, steps: int = 4, lr: float = 0.02,
+        lam: float = 0.02, seed: int = 0, shard: int = 128, budget: int = 1024, book: Book | None = None,
         folder: Path | None = None, log=print) -> Fitted:
     """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
 
@@ -350,8 +351,9 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
         found = []
         for part, file in zip(parts, files[r]):
-            work = lambda: e_step(lm, layout, rows[part], theta[part], None if centre is None else centre[part],
-                                  precision, steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update)
+            start = theta[part], None if centre is None else centre[part], precision
+            work = partial(e_step, lm, layout, rows[part], *start, steps=steps, lr=lr, budget=budget, cache=cache,
+                           tick=bar.update)
             found.append(kept(file, work))
         theta, value = (torch.cat(x) for x in zip(*found))
         if r:
@@ -469,25 +471,12 @@ def publish(path: Path, write) -> None:
     os.replace(tmp, path)
 
 
-def publish_json(path: Path, value: dict) -> None:
-    publish(path, lambda file: file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise Fault(4, f"{path}: {error.strerror}; is this the right folder?") from error
-    except ValueError as error:
-        raise Fault(4, f"{path}: no valid JSON ({error})") from error
-
-
 def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
     """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
-    meta, users, evidence = read_json(folder / "meta.json"), [], []
+    meta, users, evidence = read_json(folder / "meta.json", "name", "layout", "sha256"), [], []
     path = folder / "evidence.jsonl"
-    if "layout" not in meta or not path.exists():
-        raise Fault(4, f"{folder} is no data folder of this kit (`python data.py …` makes one)")
+    if not path.exists():
+        raise Fault(4, f"{path} does not exist: `python data.py …` makes a data folder")
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -522,9 +511,9 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
     for p in range(P):
         arrays |= {f"mu_{p}": fitted.book.mu[p].numpy(), f"pi_{p}": fitted.book.pi[p].numpy()}
     publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
-    publish_json(folder / "meta.json", {
+    write_text(folder / "meta.json", as_json({
         **meta, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
-        "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace})
+        "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace}))
     for part in folder.glob("shard_*.pt*"):
         part.unlink()
 
@@ -532,13 +521,10 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
 def load_book(folder: Path, layout: Layout, width: int) -> Book:
     """The codebook of a profiles folder, refused when it was made for other profiles or another LLM."""
     path = folder / "profiles.npz"
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            names = tuple(saved["names"].tolist())
-            mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
-            book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise Fault(4, f"{path}: no profiles of this kit ({error})") from error
+    saved = read_npz(path, "names", "tau", "mu_0", "pi_0")
+    names = tuple(saved["names"].tolist())
+    mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
+    book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
     if names != layout.profiles or any(m.shape[1] != width for m in mu):
         raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; the data and LLM given "
                        f"have {layout.profiles} and width {width}")
@@ -622,7 +608,7 @@ def bench(args) -> None:
               "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(lm.device)}
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        publish_json(Path(args.out), result)
+        write_text(Path(args.out), as_json(result))
     print(json.dumps(result))
 
 
@@ -641,7 +627,7 @@ def claim(folder: Path, settings: dict, restart: bool) -> None:
         if differs:
             raise Fault(2, f"{folder} holds half a run with other settings ({'; '.join(differs)}). Choose another --out, "
                            "or pass --restart to drop it")
-    publish_json(path, settings)
+    write_text(path, as_json(settings))
 
 
 def run_em(args) -> None:
@@ -676,7 +662,7 @@ def run_em(args) -> None:
         "seconds": round(time.time() - began, 1)})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("fit", "EM over all users of --data"), ("infer", "new users with the codebook of --profiles"),
@@ -686,14 +672,14 @@ def main() -> None:
         sub.add_argument("--lm", required=True, help="causal LM: a folder, or a hub id such as meta-llama/Llama-2-7b-hf")
         sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
-        sub.add_argument("--budget", type=whole, default=2048, help="padded tokens in one forward pass")
+        sub.add_argument("--budget", type=whole, default=1024, help="padded tokens in one forward pass")
         if name == "bench":
             sub.add_argument("--users", type=whole, default=24, help="the first so many users of --data")
             sub.add_argument("--repeat", type=whole, default=3, help="rounds that count, after one that warms up")
             sub.add_argument("--out", help="JSON file for the figures")
             continue
         sub.add_argument("--out", required=True, help="folder for profiles.npz and meta.json")
-        sub.add_argument("--shard", type=whole, default=64, help="users per file, the unit that a killed run redoes")
+        sub.add_argument("--shard", type=whole, default=128, help="users per file, the unit that a killed run redoes")
         sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
         if name == "infer":
             sub.add_argument("--profiles", required=True, help="folder made by fit: its codebook and settings")
@@ -706,7 +692,7 @@ def main() -> None:
         sub.add_argument("--prior", type=real, default=0.02, help="λ: weight of the codebook in an E-step")
         sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
         sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     bench(args) if args.command == "bench" else run_em(args)
 
 

