@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
@@ -40,23 +41,19 @@ class Fault(Exception):
 
 
 class Progress(tqdm):
-    """A bar with ETA on a terminal, else a plain line every ten seconds."""
+    """A bar with ETA on a terminal (or with UIP_PROGRESS=bar), else a plain line every ten seconds."""
 
     def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty()
-        super().__init__(*args, mininterval=10 if self.plain else 0.2, **kwargs)
+        self.plain = not sys.stderr.isatty() and os.environ.get("UIP_PROGRESS") != "bar"
+        if self.plain:
+            kwargs.update(mininterval=10, file=io.StringIO())           # tqdm's own line ends are not wanted
+        super().__init__(*args, delay=2, **kwargs)                      # what is quick needs no bar
 
     def display(self, *args, **kwargs):
         if self.plain:
             print(str(self), file=sys.stderr, flush=True)
         else:
             super().display(*args, **kwargs)
-
-    def close(self):
-        if self.plain and not self.disable:
-            self.display()
-            self.disable = True                                        # tqdm's close would add a blank line
-        super().close()
 
 
 # --------------------------------------------------------------------------------------------------- k-means
@@ -166,7 +163,7 @@ def lloyd(x: Tensor, c: Tensor, mean: Tensor, total: float, iters: int) -> Clust
     sweep(x, c, ids, sums)
     value = inertia()
     if value < 1e-3 * total:                                           # a difference of two large numbers
-        value = float((x - c[ids]).double().square().sum())
+        value = float(assign(x, c)[1].double().sum())
     return Clusters(rounded, ids, value, history)
 
 

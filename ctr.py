@@ -1,7 +1,9 @@
 """Click-through models with and without user IDs: train them over paired seeds, render the results as tables.
 
     python ctr.py run   --data DIR --bank DIR --models deepfm,dcn --features none,stats,userip --out DIR
-    python ctr.py table DIR… --into README.md --summary FILE.json       Markdown tables from the runs' JSON
+    python ctr.py table DIR… --out FILE.md --summary FILE.json          Markdown tables from the runs' JSON
+    python ctr.py compare DIR… --out FILE.md                            planted shops side by side
+    python ctr.py include README.md                                     put such files into a README
     python ctr.py bench --rows 1000000                                  training rows per second of DeepFM
 
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
@@ -55,13 +57,13 @@ class Fault(Exception):
 
 
 class Progress(tqdm):
-    """A bar with ETA on a terminal, else a plain line every ten seconds."""
+    """A bar with ETA on a terminal (or with UIP_PROGRESS=bar), else a plain line every ten seconds."""
 
     def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty()
+        self.plain = not sys.stderr.isatty() and os.environ.get("UIP_PROGRESS") != "bar"
         if self.plain:
-            kwargs.update(mininterval=10, file=io.StringIO())
-        super().__init__(*args, **kwargs)
+            kwargs.update(mininterval=10, file=io.StringIO())           # tqdm's own line ends are not wanted
+        super().__init__(*args, delay=2, **kwargs)                      # what is quick needs no bar
 
     def display(self, *args, **kwargs):
         if self.plain:
@@ -688,33 +690,55 @@ def summarise(folder: Path, runs: list[dict]) -> dict:
     return {"lm": lm, **extra["score"], **figures, "seconds": seconds}
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Replace what stands between <!-- table NAME --> and <!-- /table --> in a file."""
-    if not path.is_file():
-        raise Fault(2, f"{path} does not exist")
-    old = path.read_text(encoding="utf-8")
-    new, found = re.subn(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- /table -->)",
-                         lambda match: f"{match[1]}{text}\n{match[2]}", old, flags=re.S)
-    if not found:
-        raise Fault(2, f"{path} has no lines '<!-- table {name} -->' and '<!-- /table -->' to fill")
-    if new != old:
-        publish(path, new)
-
-
 def table(args) -> None:
     texts = []
     for folder in map(Path, args.folders):
         runs = read_runs(folder)
         names = sorted({one["dataset"] for one in runs})
         texts.append("\n\n".join(render([one for one in runs if one["dataset"] == name]) for name in names))
-        if args.into:
-            insert(Path(args.into), folder.resolve().name, texts[-1])
         if args.summary:
             if len(args.folders) > 1 or len(names) > 1:
                 raise Fault(2, f"--summary takes one folder of one data set, not {args.folders} with {names}")
             publish(Path(args.summary), dump(summarise(folder, runs)))
     text = "\n\n".join(texts) + "\n"
     publish(Path(args.out), text) if args.out else print(text, end="")
+
+
+def compare(args) -> None:
+    """Several planted shops side by side, from their summary.json: are the IDs right, and what do they add?"""
+    ids, gains = [], []
+    for folder in map(Path, args.folders):
+        summary = read_json(folder / "summary.json")
+        try:
+            for name, own in summary["ari"].items():
+                sparse = summary["ari_sparse"][name]              # null where the shop has no such user
+                ids.append([folder.name, name, *(f"{own[key]:.3f}" if own else "" for key in ("own", "other")),
+                            f"{sparse['own']:.3f}" if sparse else "", f"{summary['perplexity'][name]:.2f}", " → ".join(f"{value:.0f}" for value in summary["F"])])
+            for model, by in summary["auc"].items():
+                seeds = {name: dict(enumerate(values)) for name, values in by.items()}
+                gains.append([folder.name, model, *(difference(seeds.get("userip"), seeds.get(other))
+                                                    for other in ("none", "random", "shuffled", "stats"))])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Fault(4, f"{folder / 'summary.json'} is no summary of a planted shop ({error!r})") from None
+    text = markdown(["shop", "profile", "ARI own", "ARI other", "ARI own, sparse users", "perplexity", "F"], ids)
+    text += "\n\n" + markdown(["shop", "model", *(f"ΔAUC userip − {other}" for other in
+                                                 ("none", "random", "shuffled", "stats"))], gains) + "\n"
+    publish(Path(args.out), text) if args.out else print(text, end="")
+
+
+def include(args) -> None:
+    """Fill each block <!-- include FILE --> … <!-- /include --> of a Markdown file with FILE, relative to it."""
+    path = Path(args.file)
+    try:
+        old = path.read_text(encoding="utf-8")
+        fill = lambda match: match[1] + (path.parent / match[2]).read_text(encoding="utf-8").strip() + "\n" + match[3]
+        new, found = re.subn(r"(<!-- include (\S+) -->\n).*?(<!-- /include -->)", fill, old, flags=re.S)
+    except OSError as error:
+        raise Fault(2, f"{error.filename}: {error.strerror}") from None
+    if not found:
+        raise Fault(2, f"{path} has no lines '<!-- include FILE -->' and '<!-- /include -->' to fill")
+    if new != old:
+        publish(path, new)
 
 
 # ---------------------------------------------------------------------------------------------------- bench
@@ -763,7 +787,7 @@ def positive(kind, zero: bool = False):
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="ctr.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="run | table | bench")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("run", help="train models over feature sets and seeds", allow_abbrev=False)
     one.set_defaults(do=run)
     one.add_argument("--data", required=True, help="folder that data.py wrote")
@@ -785,7 +809,13 @@ def main(argv=None) -> None:
     two.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")
     two.add_argument("--out", help="file for the tables (default: print them)")
     two.add_argument("--summary", help="file for figures per seed, with DIR's score.json and seconds.json")
-    two.add_argument("--into", help="file with <!-- table NAME --> … <!-- /table -->, NAME = DIR's name")
+    four = commands.add_parser("compare", help="planted shops side by side, by summary.json", allow_abbrev=False)
+    four.set_defaults(do=compare)
+    four.add_argument("folders", nargs="+", metavar="DIR", help="folder with the summary.json of table")
+    four.add_argument("--out", help="file for the tables (default: print them)")
+    five = commands.add_parser("include", help="fill <!-- include FILE --> blocks of a file", allow_abbrev=False)
+    five.set_defaults(do=include)
+    five.add_argument("file", help="Markdown file; the paths in it are relative to its folder")
     three = commands.add_parser("bench", help="time one epoch of DeepFM on random rows", allow_abbrev=False)
     three.set_defaults(do=bench)
     three.add_argument("--rows", type=positive(int), default=1_000_000, help="rows (default: %(default)s)")

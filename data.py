@@ -19,6 +19,7 @@ import argparse
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -48,23 +49,19 @@ class Fault(Exception):
 
 
 class Progress(tqdm):
-    """A bar with ETA on a terminal, else a plain line every ten seconds."""
+    """A bar with ETA on a terminal (or with UIP_PROGRESS=bar), else a plain line every ten seconds."""
 
     def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty()
-        super().__init__(*args, mininterval=10 if self.plain else 0.2, **kwargs)
+        self.plain = not sys.stderr.isatty() and os.environ.get("UIP_PROGRESS") != "bar"
+        if self.plain:
+            kwargs.update(mininterval=10, file=io.StringIO())           # tqdm's own line ends are not wanted
+        super().__init__(*args, delay=2, **kwargs)                      # what is quick needs no bar
 
     def display(self, *args, **kwargs):
         if self.plain:
             print(str(self), file=sys.stderr, flush=True)
         else:
             super().display(*args, **kwargs)
-
-    def close(self):
-        if self.plain and not self.disable:
-            self.display()
-            self.disable = True  # tqdm's own close would add a blank line
-        super().close()
 
 
 # ------------------------------------------------------------------------------------------ what a dataset is

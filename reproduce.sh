@@ -16,28 +16,31 @@
 #   MODELS  click models [deepfm,dcn,fm,lr]      SEEDS  training seeds [5]
 #   DTYPE   of the LLM [auto]                    DEVICE cpu or cuda [auto]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
+# Relative paths are relative to this folder.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-STAGES="env lm data profiles bank ctr table"
-VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} CODES=${CODES:-4,3} SEEDS=${SEEDS:-5} UNTIL=table
-MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto}
-CLICK="--lr 0.02 --l2 0.001"                 # of six settings the best validation AUC of DeepFM *without* IDs, data seed 7
+VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} CODES=${CODES:-4,3} SEEDS=${SEEDS:-5} UNTIL= RUN=
+GIVEN=${MODELS:-} MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto}
 FEATURES=none,random,shuffled,stats,userip,stats+userip
+CLICK="--lr 0.02 --l2 0.001"                 # the best of a grid by DeepFM's validation AUC *without* IDs, data seed 7
+PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python")
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}   # threads that spin while they wait are slow on a shared machine
-[ -t 1 ] && export UIP_PROGRESS=bar          # our pipe into the log hides the terminal from the progress bars
+export PYTHONUNBUFFERED=1
+[ ! -t 1 ] || export UIP_PROGRESS=bar        # our pipe into the log hides the terminal from the progress bars
 
-usage() { sed -n '2,/^set /p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]##*/}" | sed -e '$d' -e 's/^# \{0,1\}//'; }
 hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-32; }
 at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
 trap 'echo; echo "Interrupted. The same command goes on from here." >&2; exit 130' INT
 
-# stage NAME "MODULES it runs" "STAGES before it" COMMAND: runs COMMAND unless the stamp of an equal run is there
+# stage NAME "MODULES it runs" "STAGES before it" OUTPUT COMMAND: runs COMMAND unless OUTPUT and the stamp of an equal
+# run are there
 stage() {
-  local name=$1 modules=$2 before=$3 command=$4 me=$(at "$1") stamp s status began
+  local name=$1 modules=$2 before=$3 out=$4 command=$5 me=$(at "$1") stamp s status began
   mkdir -p "runs/$RUN"
   stamp=$({ echo "$command"; cat /dev/null $modules; for s in $before; do cat "$(at "$s").stamp"; done; } | hash_of)
-  if [ -f "$me.stamp" ] && [ "$(cat "$me.stamp")" = "$stamp" ]; then
+  if [ -e "$out" ] && [ -f "$me.stamp" ] && [ "$(cat "$me.stamp")" = "$stamp" ]; then
     echo "[$RUN/$name] up to date"
   else
     echo "[$RUN/$name] $command"
@@ -48,7 +51,7 @@ stage() {
     export FRESH
     began=$(date +%s)
     set +e
-    bash -c "set -Eeuo pipefail; $command" 2>&1 | tee "$me.log"
+    bash -c "set -Eeuo pipefail; $command" 2>&1 | tee -i "$me.log"
     status=${PIPESTATUS[0]}
     set -e
     if [ "$status" -ne 0 ]; then
@@ -63,48 +66,61 @@ stage() {
   [ "$name" != "$UNTIL" ] || { echo "Done, up to stage $UNTIL."; exit 0; }
 }
 
-python3_10() {  # the interpreter to make the environment with
+python3_10() {  # the interpreter to make the environment with: PYTHON, or the first that is new enough
   local p
-  for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python; do
+  for p in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python; do
     if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo "$p"; return; fi
+    [ -z "${PYTHON:-}" ] || break
   done
-  echo "reproduce.sh: no Python 3.10 or newer found; install one, or set PYTHON=/path/to/python3" >&2
+  echo "reproduce.sh: ${PYTHON:-python3} is no Python 3.10 or newer: install one, or set PYTHON=/path/to/python3" >&2
   exit 3
 }
 
-environment() {
-  local python; python=$(python3_10)
-  [ -x "$VENV/bin/python" ] || rm -f runs/env.stamp
-  stage env requirements.txt "" "{ [ -x $VENV/bin/python ] || $python -m venv $VENV; } && $VENV/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt"
-  PY=$VENV/bin/python
+environment() {  # .venv with the pinned packages; a half-made one is made again
+  local make=: python
+  if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
+      "$VENV" 2>/dev/null; then
+    python=$(python3_10)
+    make="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
+    if [ -e "$VENV" ] && [ ! -e "$VENV/bin/python" ] && [ ! -L "$VENV/bin/python" ]; then
+      echo "reproduce.sh: $VENV is there and is no Python environment: move it, or set VENV" >&2
+      exit 2
+    fi
+    rm -f runs/env.stamp
+  fi
+  stage env requirements.txt "" "$PY" "$make && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
 }
 
-seconds() {  # seconds per stage of the run, as JSON
+seconds() {  # seconds per stage of the run so far, as JSON
   local s sep=
   printf '{'
-  for s in $STAGES; do
+  for s in env lm data profiles bank ctr; do
     [ ! -f "$(at "$s").seconds" ] || { printf '%s"%s": %s' "$sep" "$s" "$(cat "$(at "$s").seconds")"; sep=', '; }
   done
   printf '}\n'
 }
+export -f at seconds
 
 # shop NAME "FLAGS of data.py planted": every stage, from the environment to the table
 shop() {
   local flags=$2 d=runs/$1 r=results/$1 lm=${LM:-models/default}
-  RUN=$1
+  export RUN=$1
   environment
   if [ -z "$LM" ]; then
-    [ -f "$lm/source.json" ] || rm -f runs/lm.stamp
-    stage lm data.py env "$PY data.py lm --out $lm"
+    stage lm data.py env "$lm/source.json" "$Q data.py lm --out $lm"
   else
-    stage lm "" env "echo LM=$(printf %q "$LM")"
+    stage lm "" env . "echo LM=$(printf %q "$LM") $(head -c 4000000 "$LM"/*.safetensors 2>/dev/null | hash_of)"
   fi
-  stage data data.py env "$PY data.py planted --out $d/data --users $USERS $flags"
-  stage profiles "uip.py codebook.py" "lm data" "$PY uip.py fit --data $d/data --lm $(printf %q "$lm") --out $d/profiles --codes $CODES --steps 3 --dtype $DTYPE --device $DEVICE \$FRESH"
-  stage bank codebook.py "data profiles" "$PY codebook.py bank --profiles $d/profiles --out $d/bank && mkdir -p $r && $PY codebook.py score --profiles $d/profiles --data $d/data --out $r/score.json && $PY codebook.py cards --profiles $d/profiles --data $d/data --out $r/cards.md"
-  stage ctr ctr.py "data bank" "$PY ctr.py run --data $d/data --bank $d/bank --models $MODELS --features $FEATURES --seeds $SEEDS $CLICK --device $DEVICE --out $r \$FRESH"
-  seconds > "$r/seconds.json"
-  stage table ctr.py "bank ctr" "$PY ctr.py table $r --out $r/table.md --summary $r/summary.json"
+  lm=$(printf %q "$lm")
+  stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $flags"
+  stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" \
+    "$Q uip.py fit --data $d/data --lm $lm --out $d/profiles --codes $CODES --steps 3 --dtype $DTYPE --device $DEVICE \$FRESH"
+  stage bank codebook.py "data profiles" "$r/score.json" \
+    "$Q codebook.py bank --profiles $d/profiles --out $d/bank && mkdir -p $r && $Q codebook.py score --profiles $d/profiles --data $d/data --out $r/score.json && $Q codebook.py cards --profiles $d/profiles --data $d/data --out $r/cards.md"
+  stage ctr ctr.py "data bank" "$r/${MODELS%%,*}_none_0.json" \
+    "$Q ctr.py run --data $d/data --bank $d/bank --models $MODELS --features $FEATURES --seeds $SEEDS $CLICK --device $DEVICE --out $r \$FRESH"
+  stage table ctr.py "bank ctr" "$r/summary.json" \
+    "seconds > $r/seconds.json && $Q ctr.py table $r --out $r/table.md --summary $r/summary.json"
 }
 
 beyond_the_demo() {
@@ -123,11 +139,13 @@ case ${1:-demo} in
   demo) shop demo "--seed 0"; cat results/demo/table.md; beyond_the_demo ;;
   env | lm | data | profiles | bank | ctr | table) UNTIL=$1; shop demo "--seed 0" ;;
   seeds)
-    FEATURES=${FEATURES%,stats+userip} MODELS=deepfm
+    shop demo "--seed 0"
+    FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
     shop demo-1 "--seed 1"; shop demo-2 "--seed 2"; shop null "--seed 0 --null"
-    cat results/demo-1/table.md results/demo-2/table.md results/null/table.md ;;
+    "$PY" ctr.py compare results/demo results/demo-1 results/demo-2 results/null --out results/shops.md
+    cat results/shops.md ;;
   test)
-    shift; RUN=test; environment
+    shift; export RUN=test; environment
     "$PY" -m pytest -q -p no:cacheprovider -o "markers=slow: minutes, run by .ci/run" -m "not slow" "$@" test_uip.py ;;
   small | full)
     echo "reproduce.sh: $1 (real data) is not in this version; the demo and seeds run on planted users." >&2

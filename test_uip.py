@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MptConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import codebook
@@ -278,8 +278,9 @@ def test_F_by_its_formula_and_tau_fixed():
 def test_e_step_never_leaves_a_user_worse_and_the_prior_pulls():
     lm, layout, rows, _, theta = case()
     batch = uip.collate(rows, layout)
-    wild, value = uip.e_step(lm, layout, rows, theta, steps=4, lr=5.0)           # far too large a step
-    assert (value <= uip.nll(lm, batch, theta) + 1e-4).all()
+    good, start = uip.e_step(lm, layout, rows, theta, steps=30, lr=0.05)
+    wild, value = uip.e_step(lm, layout, rows, good, steps=4, lr=5.0)            # far too large a step
+    assert (value <= start + 1e-4).all() and (start < uip.nll(lm, batch, theta) - 1).all()
     assert value.tolist() == pytest.approx(uip.nll(lm, batch, wild).tolist(), rel=1e-5)
     centre = torch.zeros(3, 2, 64)
     held, _ = uip.e_step(lm, layout, rows, theta, centre, torch.tensor([1e4, 0.0]), steps=20, lr=0.05)
@@ -434,6 +435,23 @@ def test_kmeans_order_and_seed():
     assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
+def test_kmeans_starts():
+    x = torch.zeros(1000, 2)
+    x[:3] = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])         # uniform starts would miss these three
+    assert len(codebook.seed_centroids(x, 4, torch.Generator().manual_seed(0)).unique(dim=0)) == 4
+    x, _ = blobs(k=12, d=2, spread=1.0)
+    one, ten = ([kmeans(x, 6, n_init=n, generator=torch.Generator().manual_seed(s)).inertia for s in range(4)]
+                for n in (1, 10))
+    assert all(b <= a for a, b in zip(one, ten)) and sum(ten) < 0.999 * sum(one)
+
+
+def test_kmeans_inertia_of_tight_clusters_is_exact():
+    tight = torch.tensor([-100.0, 100.0]).repeat(50)[:, None] + 0.01 * torch.randn(100, 8, generator=torch.Generator())
+    found = kmeans(tight, 2)
+    exact = (tight.double() - found.centroids[found.ids].double()).square().sum()
+    assert found.inertia == pytest.approx(float(exact), rel=1e-2)
+
+
 def test_kmeans_assign_far_from_zero():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(2)) + 3000
     ids, distance = assign(x, x[:6], chunk=7)
@@ -467,6 +485,8 @@ def test_vq_collapses_where_kmeans_does_not():
         assert trained.history[-1] < 0.7 * trained.history[0]          # it did train
     found = kmeans(x, 4)
     assert perplexity(found.ids, 4) > 3.5 and ari(found.ids, which) > 0.99
+    start = vq(x, 4, steps=0).centroids
+    assert 0.24 < float(start.max()) <= 0.25 and -0.25 <= float(start.min()) < -0.24
     apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
     assert vq(apart, 2, steps=1500, seed=3).inertia < 0.01 * len(apart)
 
@@ -502,7 +522,8 @@ def test_bank_round_trip(tmp_path):
 @pytest.mark.parametrize("n", [1, 2, 65, 100_000])
 def test_bank_find_equals_searchsorted(n):
     rng = np.random.default_rng(n)
-    for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), rng.integers(0, 1000 + n, n).astype(np.uint64)):
+    low = rng.integers(0, 1000 + n, n).astype(np.uint64)               # far from uniform: the full search has to help
+    for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), low, ~low, low + np.uint64(2**63)):
         keys = np.unique(keys)
         near = np.concatenate([keys, keys + np.uint64(1), keys - np.uint64(1), rng.integers(0, 2**64, n, np.uint64)])
         row = codebook.find(keys, near)
@@ -924,21 +945,15 @@ def test_ctr_run_and_table_end_to_end(tmp_path, monkeypatch, capsys):
 
     (out / "score.json").write_text('{"F": [1.0], "lm": "scored"}')
     (out / "seconds.json").write_text('{"ctr": 3}')
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- table demo -->\nold\n<!-- /table -->\nb\n<!-- table x -->\n<!-- /table -->\n")
-    render = ["table", str(out), "--into", str(readme), "--summary", str(out / "summary.json"), "--out"]
+    render = ["table", str(out), "--summary", str(out / "summary.json"), "--out"]
     ctr.main([*render, str(tmp_path / "t1.md")])
-    text = readme.read_text()
     ctr.main([*render, str(tmp_path / "t2.md")])
-    table = (tmp_path / "t1.md").read_text()
-    assert table == (tmp_path / "t2.md").read_text() and readme.read_text() == text
-    assert text == f"a\n<!-- table demo -->\n{table}<!-- /table -->\nb\n<!-- table x -->\n<!-- /table -->\n"
+    assert (tmp_path / "t1.md").read_text() == (tmp_path / "t2.md").read_text()
     summary = json.loads((out / "summary.json").read_text())
     runs = [json.loads((out / f"lr_random_{seed}.json").read_text()) for seed in range(3)]
     assert summary["auc"]["lr"]["random"] == [run["auc"] for run in runs] and summary["lm"] == "scored"
     assert summary["logloss"]["lr"]["random"] == [run["logloss"] for run in runs]
     assert summary["F"] == [1.0] and summary["seconds"] == {"ctr": 3}
-    assert "table README" not in ctr_fault(2, "table", out, "--into", tmp_path / "data" / "meta.json")
     (out / "lr_none_2.json").write_text('{"auc": 1')
     assert "lr_none_2.json" in ctr_fault(4, "table", out)
 
@@ -996,6 +1011,29 @@ def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(
     ctr.main(["bench", "--rows", "3000", "--device", "cpu"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["rows_per_s"] > 0 and 0 < last["auc"] < 1 and last["machine"]["cores"] > 0
+
+
+def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
+    auc = {"deepfm": {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}}
+    score = {"hobby": {"own": 0.9, "other": 0.01}}
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "summary.json").write_text(json.dumps({
+        "ari": score, "ari_sparse": {"hobby": {"own": 0.5, "other": 0}}, "perplexity": {"hobby": 3.5}, "F": [-9.0, -3.4],
+        "auc": auc}))
+    ctr.main(["compare", str(tmp_path / "shop"), "--out", str(tmp_path / "shops.md")])
+    text = (tmp_path / "shops.md").read_text()
+    assert "| shop | hobby | 0.900 | 0.010 | 0.500 | 3.50 | -9 → -3 |" in text
+    assert "| shop | deepfm | +0.2000 [+0.2000, +0.2000], n=2 | +0.2500 [-0.3853, +0.8853], n=2 |  |  |" in text
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- include shops.md -->\nold\n<!-- /include -->\nb\n")
+    for _ in range(2):                                                   # the second time changes nothing
+        ctr.main(["include", str(readme)])
+        assert readme.read_text() == f"a\n<!-- include shops.md -->\n{text}<!-- /include -->\nb\n"
+    readme.write_text("<!-- include gone.md -->\n<!-- /include -->")
+    assert "gone.md" in ctr_fault(2, "include", readme)
+    assert "include FILE" in ctr_fault(2, "include", tmp_path / "shops.md")
+    (tmp_path / "shop" / "summary.json").write_text("{}")
+    assert "summary.json" in ctr_fault(4, "compare", tmp_path / "shop")
 
 
 # --------------------------------------------------------------------------------------------- data.py
@@ -1474,6 +1512,8 @@ def test_bad_input_gets_a_sentence_and_a_code(tiny, planted_folder, tmp_path):
             (fit_args(planted_folder, tiny, out, "--codes", "4"), 2, "1 numbers for 2 profiles"),
             (fit_args(planted_folder, tiny, out, "--codes", "4,0"), 2, ""),
             (fit_args(planted_folder, tiny, out, "--lr", "nan"), 2, ""),
+            (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 2, "cuda:99 is not here"),
+            (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 2, "meta.json"),
             (["infer", "--profiles", str(absent), *fit_args(planted_folder, tiny, out)[1:-2]], 4, "absent")):
         found, message = code_of(uip, argv)
         assert found == code and words in message, (argv, found, message)
@@ -1496,13 +1536,31 @@ def test_gated_lm_says_how_to_get_access(monkeypatch):
     assert fault.value.code == 3
 
 
-def test_an_lm_with_more_than_a_head_is_refused():
+def test_lms_that_cannot_read_packed_rows_are_refused():
+    for kind in ("llama", "gpt2"):
+        uip.check_lm(tiny_lm(kind))
+        uip.check_lm(tiny_lm(kind, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
+    alibi = AutoModelForCausalLM.from_config(MptConfig(**shape, initializer_range=0.4)).eval().requires_grad_(False)
     lm = tiny_lm("llama")
-    uip.check_lm(lm)
     forward = lm.forward
     lm.forward = lambda **kwargs: (lambda out: (setattr(out, "logits", out.logits.tanh()), out)[1])(forward(**kwargs))
-    with pytest.raises(uip.Fault, match="not supported"):
-        uip.check_lm(lm)
+    for wrong in (alibi, lm):
+        with pytest.raises(uip.Fault, match="not supported") as fault:
+            uip.check_lm(wrong)
+        assert fault.value.code == 4
+
+
+def test_infer_refuses_another_lm_and_its_own_source(tiny, planted_folder, tmp_path):
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit"))
+    other = shutil.copytree(tiny, tmp_path / "other")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny).config).save_pretrained(other)
+    infer = lambda lm, out: ["infer", "--profiles", str(tmp_path / "fit"), *fit_args(planted_folder, lm, out)[1:-2]]
+    assert code_of(uip, infer(other, tmp_path / "new"))[0] == 4
+    assert code_of(uip, infer(tiny, tmp_path / "fit"))[0] == 2
+    assert code_of(uip, ["infer", "--profiles", str(planted_folder), *infer(tiny, tmp_path / "new")[3:]])[0] == 4
 
 
 def test_other_settings_over_half_a_run_are_refused(tiny, planted_folder, tmp_path):
@@ -1565,7 +1623,7 @@ def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
     assert set(summary["ari"]["hobby"]) == {"own", "other"}
     assert [len(values) for values in summary["auc"]["lr"].values()] == [2] * 6
     assert set(summary["seconds"]) >= {"data", "profiles", "bank", "ctr"}
-    assert "| lr | userip |" in (tmp_path / "results/demo/table.md").read_text()
+    assert "| lr | userip |" in first.stdout and "bash reproduce.sh full" in first.stdout   # the table, and what is next
     saved = (tmp_path / "results/demo/summary.json").read_bytes()
     again = reproduce(tmp_path, LM=str(tiny))
     assert again.stdout.count("up to date") == 7 and (tmp_path / "results/demo/summary.json").read_bytes() == saved
@@ -1574,9 +1632,12 @@ def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
     touched = reproduce(tmp_path, LM=str(tiny))
     assert [s for s in "env lm data profiles bank ctr table".split() if f"[demo/{s}] up to date" not in touched.stdout] == [
         "ctr", "table"]
+    shutil.rmtree(tmp_path / "results")                                # lost outputs are made again
+    assert reproduce(tmp_path, LM=str(tiny)).returncode == 0 and (tmp_path / "results/demo/score.json").exists()
     broken = reproduce(tmp_path, "profiles", LM="./nowhere")
     assert broken.returncode == 2 and "Stage profiles failed" in broken.stderr and "runs/demo/profiles.log" in broken.stderr
     assert "no such folder" in broken.stderr
+    assert reproduce(tmp_path, "env", VENV=str(tmp_path)).returncode == 2          # a folder that is no environment
     assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
 
 
@@ -1602,9 +1663,18 @@ def test_readme_snippets_run(tiny, tmp_path, monkeypatch):
         exec(snippet, {"LM": str(tiny)})
 
 
-def test_readme_tables_are_those_of_the_results(tmp_path):
-    """Every number in the README's tables comes out of results/ again."""
-    copy = shutil.copy(HERE / "README.md", tmp_path)
-    for name in ("demo",):
-        ctr.main(["table", str(HERE / "results" / name), "--into", str(copy), "--out", str(tmp_path / "table.md")])
-    assert Path(copy).read_text() == (HERE / "README.md").read_text()
+def test_readme_tables_are_made_from_the_results(tmp_path):
+    """Every figure of the README's tables comes out of results/*.json again: tables first, then the blocks."""
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "results", "README.md"], cwd=HERE)
+    if changed.returncode:
+        pytest.skip("results or README.md are not those of a commit: a run of your own?")
+    copy = shutil.copytree(HERE / "results", tmp_path / "results").parent
+    shutil.copy(HERE / "README.md", copy)
+    for folder in ("demo", "demo-1", "demo-2", "null"):
+        made = [copy / "results" / folder / name for name in ("table.md", "summary.json")]
+        ctr.main(["table", str(made[0].parent), "--out", str(made[0]), "--summary", str(made[1])])
+        assert all(path.read_bytes() == (HERE / path.relative_to(copy)).read_bytes() for path in made)
+    ctr.main(["compare", *(str(copy / "results" / name) for name in ("demo", "demo-1", "demo-2", "null")),
+              "--out", str(copy / "results" / "shops.md")])
+    ctr.main(["include", str(copy / "README.md")])
+    assert (copy / "README.md").read_text() == (HERE / "README.md").read_text()

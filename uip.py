@@ -19,6 +19,7 @@ Read on in this order: Layout, pack → collate (mask) → nll (likelihood) → 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -59,19 +61,26 @@ class Layout:
 
     @classmethod
     def build(cls, spec: dict, tokenizer, m: int = 1, cut: int = 32) -> "Layout":
-        """spec: {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …]}}} as in meta.json."""
-        encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        """From {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …]}}}, as in meta.json."""
         bos = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
         if bos is None:
             raise Fault(4, "the tokenizer has neither a BOS nor an EOS token to start a sequence with")
-        kinds = {}
-        for kind, how in spec["kinds"].items():
-            unknown = set(how["view"]) - set(spec["profiles"])
-            if unknown or not how["view"] or not encode(" " + how["lead"]):
-                raise Fault(4, f"layout: kind {kind!r} needs a lead and a view of known profiles, has {how}")
-            kinds[kind] = (encode(" " + how["lead"]), tuple(p in how["view"] for p in spec["profiles"]))
-        return cls(tuple(spec["profiles"]), tuple(encode(text) for text in spec["profiles"].values()), kinds,
-                   bos, tokenizer, m, cut)
+        try:
+            profiles = tuple(spec["profiles"])
+            names = tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spec["profiles"].values())
+            layout = cls(profiles, names, {}, bos, tokenizer, m, cut)
+            for kind, how in spec["kinds"].items():
+                layout.kinds[kind] = layout.encode(how["lead"]), tuple(p in how["view"] for p in profiles)
+                if not (layout.kinds[kind][0] and how["view"] and set(how["view"]) <= set(profiles)):
+                    raise ValueError(f"kind {kind!r} needs a lead, and a view of {', '.join(profiles)}; it has {how}")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise Fault(4, f"the layout is not one: {error!r}") from None
+        return layout
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text that goes on after others: behind a space, whichever way the tokenizer marks one."""
+        before = self.tokenizer.encode("x", add_special_tokens=False)
+        return tuple(self.tokenizer.encode("x " + text, add_special_tokens=False)[len(before):])
 
     @property
     def start(self) -> int:
@@ -121,7 +130,7 @@ def pack(evidence: dict[str, list[str]], layout: Layout) -> Row:
             raise Fault(4, f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
         lead, view = layout.kinds[kind]
         for text in texts:
-            value = layout.tokenizer.encode(" " + text, add_special_tokens=False)[:layout.cut]
+            value = layout.encode(text)[:layout.cut]
             node = None
             for depth, token in enumerate((*lead, *value)):
                 key = (node, view, token)
@@ -157,7 +166,7 @@ def visible(block: Tensor, order: Tensor) -> Tensor:
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool [B, Q, K] → [B, 1, Q, K] to add to attention scores. (A bool mask is silently wrong under eager attention.)"""
+    """bool [B, Q, K] → [B, 1, Q, K] to add to attention scores. (Eager attention reads a bool mask silently wrong.)"""
     return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
@@ -211,11 +220,11 @@ class Prefix(DynamicCache):
 
 @torch.no_grad()
 def prefix(lm, layout: Layout) -> list:
-    """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: computed once for all users and steps."""
+    """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
     ids, block, order = (torch.tensor(column[:layout.cached]) for column in layout.fixed())
     mask = additive(visible(block, order)[None], lm.dtype)
     out = lm.base_model(input_ids=ids[None].to(lm.device), attention_mask=mask.to(lm.device),
-                        position_ids=order[None].to(lm.device), use_cache=True)
+                        position_ids=order[None].to(lm.device), past_key_values=DynamicCache(), use_cache=True)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
@@ -287,9 +296,8 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
                 adam.step()
                 adam.zero_grad()
             tick(len(users))
-        if not best.isfinite().all():
-            raise Fault(4, f"the likelihood is not finite for user {users[int((~best.isfinite()).nonzero()[0])]} of the "
-                           "shard already at the start: try --dtype float32")
+        if not (best.isfinite().all() and x.isfinite().all()):
+            raise Fault(4, f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
     return theta, best_nll
 
 
@@ -304,7 +312,7 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def m_step(theta: Tensor, codes: list[int], book: Book | None, seed: int = 0) -> tuple[Book, Tensor]:
-    """μ, z, π (and, the first time, τ²) from all θ [N, P, m, d]: k-means per profile, warm-started after the first round.
+    """μ, z, π and, the first time, τ² from all θ [N, P, m, d]: k-means per profile, warm-started from round 1 on.
 
     Returns (book, ids [N, P]). τ² stays as first found, so that F of different rounds can be compared.
     """
@@ -330,7 +338,7 @@ def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -
     return float(-nll.double().sum() - 0.5 * lam * (gap.double() / book.tau2).sum())
 
 
-def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 2, steps: int = 4, lr: float = 0.02,
+def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 1, steps: int = 4, lr: float = 0.02,
         lam: float = 0.02, seed: int = 0, shard: int = 128, budget: int = 1024, book: Book | None = None,
         folder: Path | None = None, log=print) -> Fitted:
     """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
@@ -371,6 +379,8 @@ def check_input(lm, rows: list[Row]) -> None:
     """Exactly one tensor trains, θ; and every text fits the LLM's context."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
+    if not rows or not all(any(row.labels) for row in rows):
+        raise Fault(4, "EM takes users with evidence only: leave out those whose texts are empty")
     longest, context = 1 + max(max(row.positions) for row in rows), getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
         raise Fault(4, f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
@@ -400,14 +410,14 @@ def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor,
     log(line)
     for name, spread in entry["perplexity"].items():
         if half == "M" and spread < 1.5 and len(entry["usage"][name]) > 1:
-            log(f"WARNING: the codebook of {name} has collapsed: perplexity {spread:.2f}, nearly all users share one ID")
+            log(f"WARNING: the codebook of {name} has collapsed (perplexity {spread:.2f}): nearly all users share one ID")
     return entry
 
 
 # ------------------------------------------------------------------------------------------- LLM and files
 
 def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
-    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id; dtype: float32|bfloat16|float16|auto.
+    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id.
 
     auto: the GPU if there is one; bfloat16 there and on CPUs with bf16 instructions, else float32. Raises Fault 2 (no
     such folder), 3 (hub out of reach, gated or unknown id) or 4 (a folder that is no causal LM).
@@ -420,45 +430,74 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
         raise Fault(2, f"--lm {name}: no such folder")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Fault(2, f"--device {device} is not here: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
-        can = torch.cpu.get_capabilities()
-        dtype = "bfloat16" if device != "cpu" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+        dtype = "bfloat16" if computes_bf16(device) else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         lm = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), use_safetensors=True,
-            attn_implementation="eager" if device == "cpu" else "sdpa")    # on CPUs sdpa's backward under a mask is slow
-    except (OSError, ValueError, KeyError) as error:
+            attn_implementation="eager" if device == "cpu" else "sdpa")    # sdpa's backward under a mask is slow on CPUs
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if local:
-            raise Fault(4, f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors ({reason})") from error
+            raise Fault(4, f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors ({reason})") from None
         if any(word in str(error) for word in ("gated", "401", "403")):
             raise Fault(3, f"--lm {name}: access is refused. Accept its terms on its hub page, then log in with "
-                           f"`hf auth login` or set HF_TOKEN ({reason})") from error
-        raise Fault(3, f"--lm {name}: not to be had from the hub: wrong id, or no network? `python data.py lm --out DIR` "
-                       f"makes a local folder to pass instead ({reason})") from error
+                           f"`hf auth login` or set HF_TOKEN ({reason})") from None
+        raise Fault(3, f"--lm {name}: not to be had from the hub: wrong id, or no network? A local folder does instead, "
+                       f"such as `python data.py lm --out DIR` makes ({reason})") from None
     lm = lm.to(device).eval().requires_grad_(False)
     check_lm(lm)
     return lm, tokenizer
 
 
+def computes_bf16(device: str) -> bool:
+    """Whether the hardware has bfloat16 instructions; emulated, they are slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class Digits:
+    """A tokenizer for check_lm: numbers are tokens."""
+    bos_token_id, eos_token_id = 1, 2
+
+    @staticmethod
+    def encode(text: str, **kwargs) -> list[int]:
+        return [int(word) for word in text.replace("x", "3").split()]
+
+
 @torch.no_grad()
 def check_lm(lm) -> None:
-    """nll runs the decoder and the head apart: refuse an LM whose logits are anything but head(decoder(x))."""
-    ids = torch.arange(4, device=lm.device)[None]
-    whole = lm(input_ids=ids).logits.float()
-    parts = lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state).float()
-    if not torch.allclose(whole, parts, atol=0.01 * float(whole.abs().max()) + 1e-6):
-        raise Fault(4, f"a {lm.config.model_type} LM is not supported: it changes its logits after the head")
+    """Refuses an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, scaled logits)."""
+    layout = Layout.build({"profiles": {"a": "4 5", "b": "6 7"}, "kinds": {
+        "c": {"lead": "8", "view": ["a"]}, "d": {"lead": "9 8", "view": ["b"]}}}, Digits, m=2)
+    texts = [{"c": [f"{i} {i + 1} {i + 2}" for i in range(10, 26)], "d": [f"{i} {i + 2}" for i in range(30, 40)]}]
+    theta = lm.get_input_embeddings().weight[10:14].float().reshape(1, 2, 2, -1)
+    try:
+        batch = collate([pack(texts[0], layout)], layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
+        packed, single = float(nll(lm, batch, theta)), float(naive(lm, layout, texts, theta))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise Fault(4, f"a {lm.config.model_type} LM is not supported ({error})") from None
+    if not math.isclose(packed, single, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
+        raise Fault(4, f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its texts one "
+                       f"by one (−log P {packed:.3f} and {single:.3f})")
 
 
 def describe(name: str, lm) -> dict:
-    """Which LLM it was: written into every result."""
-    source = Path(name) / "source.json"
+    """Which LLM it was, for every result: what data.py noted, or name and revision; of a folder also a fingerprint."""
+    source, sha = Path(name) / "source.json", hashlib.sha256()
     known = read_json(source) if source.exists() else {
         "name": Path(name).name if os.path.isdir(name) else name, "revision": getattr(lm.config, "_commit_hash", None)}
+    for file in sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else ():
+        with open(file, "rb") as weights:                              # size, header and first weights tell enough
+            sha.update(str(file.stat().st_size).encode() + weights.read(2**22))
     return {**known, "type": lm.config.model_type, "dtype": str(lm.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in lm.parameters())}
+            "parameters": sum(p.numel() for p in lm.parameters()), "fingerprint": sha.hexdigest()[:16]}
 
 
 def publish(path: Path, write) -> None:
@@ -477,10 +516,10 @@ def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
     path = folder / "evidence.jsonl"
     if not path.exists():
         raise Fault(4, f"{path} does not exist: `python data.py …` makes a data folder")
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode())
                 users.append(str(entry["user"]))
                 evidence.append({kind: [str(text) for text in texts] for kind, texts in entry["evidence"].items()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -499,7 +538,7 @@ def nearest_tokens(lm, tokenizer, mu: Tensor, m: int, n: int = 8) -> list[list[s
     return [[tokenizer.decode([i]).strip() for i in row] for row in (code @ unit.T).topk(n, 1).indices.tolist()]
 
 
-def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fitted, layout: Layout, meta: dict) -> None:
+def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fitted, layout: Layout, meta: dict):
     """profiles.npz and meta.json. Users without evidence get the prior: the largest code and its centroid, flagged."""
     N, P = len(users), len(layout.profiles)
     ids = torch.stack([pi.argmax() for pi in fitted.book.pi]).repeat(N, 1)                  # (N, P)
@@ -519,29 +558,29 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
 
 
 def load_book(folder: Path, layout: Layout, width: int) -> Book:
-    """The codebook of a profiles folder, refused when it was made for other profiles or another LLM."""
+    """The codebook of a profiles folder, refused when it does not fit the profiles or the LLM's width."""
     path = folder / "profiles.npz"
     saved = read_npz(path, "names", "tau", "mu_0", "pi_0")
     names = tuple(saved["names"].tolist())
     mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
     book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
     if names != layout.profiles or any(m.shape[1] != width for m in mu):
-        raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; the data and LLM given "
-                       f"have {layout.profiles} and width {width}")
+        raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; these data and this LLM "
+                       f"have {layout.profiles} and {width}")
     return book
 
 
 # --------------------------------------------------------------------------------------------------- bench
 
 def bare(lm, tokens: int, width: int, predictions: int) -> None:
-    """The limit: forward and backward to the inputs over `tokens` tokens in plain causal rows, head where it is needed."""
-    x = torch.randn(max(tokens // width, 1), width, lm.config.hidden_size, device=lm.device).to(lm.dtype).requires_grad_()
+    """The limit: forward and backward to the inputs over `tokens` tokens in plain causal rows, head where needed."""
+    x = torch.randn(max(tokens // width, 1), width, lm.config.hidden_size).to(lm.device, lm.dtype).requires_grad_()
     h = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)[:predictions]
     lm.get_output_embeddings()(h).float().log_softmax(-1)[:, 0].sum().backward()
 
 
 def naive(lm, layout: Layout, evidence: list[dict], theta: Tensor) -> Tensor:
-    """The obvious way, for reference: a text a row behind its own prompt, padded to the longest, logits everywhere. → [B]"""
+    """The obvious way, for reference: one text a row behind its own prompt, padded, logits everywhere. → NLL [B]"""
     ids, slots, labels = [], [], []
     for user, texts in enumerate(evidence):
         for kind, text in ((kind, text) for kind in texts for text in texts[kind]):
@@ -552,13 +591,13 @@ def naive(lm, layout: Layout, evidence: list[dict], theta: Tensor) -> Tensor:
                     row += [*name, *[layout.bos] * layout.m]
                     slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
             row += lead
-            for token in layout.tokenizer.encode(" " + text, add_special_tokens=False)[:layout.cut]:
+            for token in layout.encode(text)[:layout.cut]:
                 labels.append((len(ids), len(row) - 1, token, user))
                 row.append(token)
             ids.append(row)
     width, at, label = max(map(len, ids)), torch.tensor(slots).T, torch.tensor(labels).T
-    x = lm.get_input_embeddings()(torch.tensor([row + [layout.bos] * (width - len(row)) for row in ids], device=lm.device))
-    x = x.index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(x.dtype))                 # (texts, width, d)
+    x = torch.tensor([row + [layout.bos] * (width - len(row)) for row in ids], device=lm.device)
+    x = lm.get_input_embeddings()(x).index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(lm.dtype))  # (texts, width, d)
     logp = lm(inputs_embeds=x).logits.float().log_softmax(-1)                               # (texts, width, V)
     return theta.new_zeros(len(evidence)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
 
@@ -567,14 +606,15 @@ def bench(args) -> None:
     """Evidence and labelled tokens per second of one E-step iteration, alternately with the limit and the naive way."""
     lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
     users, evidence, source = read_evidence(Path(args.data))
-    layout, evidence = Layout.build(source["layout"], tokenizer), evidence[:args.users]
+    layout = Layout.build(source["layout"], tokenizer)
+    evidence = [texts for texts in evidence if any(texts.values())][:args.users]
     rows, cache = [pack(texts, layout) for texts in evidence], prefix(lm, layout)
     theta = lm.get_input_embeddings().weight.float().mean(0).repeat(len(rows), len(layout.profiles), 1, 1)
     full = load_lm(args.lm, "float32", args.device)[0]
     tokens, labels = sum(len(row.ids) for row in rows), sum(sum(row.labels) for row in rows)
     predictions = sum(len({p for p, n in zip(row.parents, row.labels) if n}) for row in rows)
 
-    def naive_step(model):                       # a few users at a time, but one dense Adam over all of them, as its users do
+    def naive_step(model):                       # a few users at a time, and one dense Adam over all of them
         x = theta.clone().to(model.device).requires_grad_()
         adam = torch.optim.Adam([x])
         for start in range(0, len(rows), 4):
@@ -605,7 +645,8 @@ def bench(args) -> None:
     result = {"lm": describe(args.lm, lm), "users": len(rows), "tokens": tokens, "labelled": labels,
               "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
               "of_limit": ratio("limit"), "vs_naive": ratio("naive"), "vs_naive_same_dtype": ratio("naive_same_dtype"),
-              "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(lm.device)}
+              "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "device": str(lm.device)}
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(args.out), as_json(result))
@@ -616,17 +657,21 @@ def bench(args) -> None:
 
 def claim(folder: Path, settings: dict, restart: bool) -> None:
     """Makes `folder` this run's own: shards of other settings are refused, or dropped with --restart."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(2, f"--out {folder}: {error.strerror}") from None
     path, parts = folder / "settings.json", list(folder.glob("shard_*.pt*"))
     if restart:
         for part in parts:
             part.unlink()
     elif parts and path.exists():
         old = read_json(path)
-        differs = [f"{k}: {old.get(k)} → {settings.get(k)}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
+        differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
         if differs:
-            raise Fault(2, f"{folder} holds half a run with other settings ({'; '.join(differs)}). Choose another --out, "
-                           "or pass --restart to drop it")
+            what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
+            raise Fault(2, f"{folder} holds half a run with other settings ({what}). Choose another --out, or pass "
+                           "--restart to drop it")
     write_text(path, as_json(settings))
 
 
@@ -636,20 +681,27 @@ def run_em(args) -> None:
     users, evidence, source = read_evidence(Path(args.data))
     given = Path(args.profiles) if args.command == "infer" else None
     keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed")
-    settings = read_json(given / "meta.json")["settings"] if given else {key: getattr(args, key) for key in keys}
+    made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
+    settings = made["settings"] if given else {key: getattr(args, key) for key in keys}
+    if given and given.resolve() == out.resolve():
+        raise Fault(2, "infer: --out must not be --profiles, whose codebook stays as it is")
     lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
     identity = describe(args.lm, lm)
+    if given and (made["layout"] != source["layout"] or {**made["lm"], "dtype": ""} != {**identity, "dtype": ""}):
+        raise Fault(4, f"{given}: made with {made['lm']['name']} and its own layout; here are {identity['name']} and a "
+                       "layout that may differ. IDs mean something only with the LLM and the texts of their codebook")
     layout = Layout.build(source["layout"], tokenizer, m=settings["tokens"])
     rows = [pack(texts, layout) for texts in evidence]
     active = [u for u, row in enumerate(rows) if any(row.labels)]
     codes = settings["codes"]
     if len(codes) != len(layout.profiles):
-        raise Fault(2, f"--codes: {len(codes)} numbers for {len(layout.profiles)} profiles ({', '.join(layout.profiles)})")
+        raise Fault(2, f"--codes: {len(codes)} numbers for {len(layout.profiles)} profiles, {', '.join(layout.profiles)}")
     if not active or not given and max(codes) > len(active):
         raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
     book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
-    claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"]},
-          args.restart)
+    codebook = hashlib.sha256((given / "profiles.npz").read_bytes()).hexdigest() if given else None
+    claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"],
+                "codebook": codebook}, args.restart)
     print(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
           f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
     fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
@@ -669,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
                        ("bench", "speed of an E-step iteration beside the bare LLM and the naive way")):
         sub = commands.add_parser(name, help=text, allow_abbrev=False)
         sub.add_argument("--data", required=True, help="folder made by data.py")
-        sub.add_argument("--lm", required=True, help="causal LM: a folder, or a hub id such as meta-llama/Llama-2-7b-hf")
+        sub.add_argument("--lm", required=True, help="causal LM: a folder or a hub id, such as Qwen/Qwen2-0.5B")
         sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
         sub.add_argument("--budget", type=whole, default=1024, help="padded tokens in one forward pass")
@@ -693,7 +745,10 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
         sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
     args = parser.parse_args(argv)
-    bench(args) if args.command == "bench" else run_em(args)
+    try:
+        bench(args) if args.command == "bench" else run_em(args)
+    except torch.OutOfMemoryError:
+        raise Fault(2, f"out of memory: lower --budget {args.budget} (finished shards are kept)") from None
 
 
 def whole(text: str, least: int = 1) -> int:
