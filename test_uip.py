@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MptConfig, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizerFast,
+                          Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import codebook
@@ -61,8 +62,9 @@ def tiny_lm(kind, dtype=torch.float32, attention="eager", seed=0):
         config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
                             bos_token_id=1, eos_token_id=2)
     else:
-        config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4)
+        make = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[kind]
+        config = make(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4)
     config._attn_implementation = attention
     return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
 
@@ -100,7 +102,7 @@ def one_by_one(lm, layout, texts, theta):
     return total
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
 @pytest.mark.parametrize("m", [1, 3])
 def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
     lm, layout, _, batch, theta = case(kind, m, dtype=torch.float64)
