@@ -12,8 +12,8 @@ Every extra feature is one or more categorical fields beside those of the data, 
     userip    the collaborative IDs of the feature bank
     random    codes drawn at random for every user and seed: what a hash of the user brings by itself
     shuffled  the bank's codes, dealt to the wrong users: what the bank's frequencies bring by themselves
-    stats     k-means of the user's plain training statistics, as many fields and codes as the bank: what can
-              be had without any LLM. The IDs are worth their cost where userip beats this one
+    stats     k-means of the user's plain training statistics (taste shares, mean log price, rating and count), a
+              field each: what can be had without any LLM. The IDs are worth their cost where userip beats this
     a+b       the fields of both, as in stats+userip
 
 Use it alone: `from ctr import DeepFM, fit, auc`; the models take field sizes and give logits.
@@ -367,11 +367,11 @@ def kmeans(x: np.ndarray, k: int, seed: int = 0, n_init: int = 10, iters: int = 
 
 
 def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
-    """What training rows plainly say about a user → who has any, bool [N]; [taste [N, T], habits [N, 4]].
+    """What training rows plainly say about a user → who has any, bool [N]; [taste [N, T], price [N, 1], habits [N, 2]].
 
     Taste: shares over the values of each item attribute (a field that depends on the item alone) of at most
-    50 values. Habits: mean rating, log count, mean and standard deviation of log price; an unknown price
-    counts as the user's mean, and as the global mean where the user has none.
+    50 values; without such a field there is no taste. Price: mean log price; an unknown price is left out, and a user
+    without any gets the global mean. Habits: mean rating, log count.
     """
     train, n = data.split == 0, len(data.users)
     user, x = data.user[train], data.x[train].astype(np.int64)
@@ -381,50 +381,51 @@ def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
     rows, known = count.clip(1), np.isfinite(price)
     level = price[known].mean() if known.any() else 0.0
     own = np.where(total(known) > 0, total(price, known) / total(known).clip(1), level)         # (N,)
-    price = np.where(known, price, own[user])
-    mean = total(price) / rows
-    spread = np.sqrt((total(price ** 2) / rows - mean ** 2).clip(0))
-    habits = np.stack([total(data.rating[train]) / rows, np.log(rows), mean, spread], 1)
-    taste = [np.zeros((n, 0))]
+    habits = np.stack([total(data.rating[train]) / rows, np.log(rows)], 1)
+    taste = []
     for name, size, values in zip(data.fields, data.sizes, x.T):
         item = x[:, data.fields.index("item")] if "item" in data.fields else values
         pairs, items = np.unique(item * size + values), np.unique(item)
         if size <= 50 and name not in ("user", "item") and len(pairs) == len(items):
             shares = np.bincount(user * size + values, minlength=n * size).reshape(n, size)
             taste.append(shares / rows[:, None])
-    return count > 0, [np.concatenate(taste, 1), habits]
+    return count > 0, [*([np.concatenate(taste, 1)] if taste else []), own[:, None], habits]
 
 
-def stats_codes(data: Data, sizes: list[int]) -> np.ndarray:
-    """The control without any LLM: k-means of standardised statistics. sizes: codes per field → int64 [N, P].
+def stats_codes(data: Data, sizes: list[int]) -> tuple[np.ndarray, list[int]]:
+    """The control without any LLM: k-means of each table of standardised statistics → int64 [N, ≤ 3], codes per field.
 
-    Field 0 clusters taste, field 1 habits, field 2 taste again, and so on. The same for every seed; users
-    without training rows get 0.
+    sizes: codes per field of the bank, which its fields take in turn. Three fields of plain counts against two or so of
+    the LLM's: the control is meant to be strong. The same for every seed; users without training rows get 0.
     """
     active, tables = statistics(data)
+    sizes = [min(sizes[p % len(sizes)], int(active.sum())) for p in range(len(tables))]
     codes = np.zeros((len(active), len(sizes)), np.int64)
-    for p, k in enumerate(sizes):
-        table = tables[p % 2] if tables[p % 2].shape[1] else tables[1]
+    for p, (table, k) in enumerate(zip(tables, sizes)):
         table = table[active] - table[active].mean(0)
-        codes[active, p] = 1 + kmeans(table / table.std(0).clip(1e-9), min(k, len(table)), seed=p)
-    return codes
+        codes[active, p] = 1 + kmeans(table / table.std(0).clip(1e-9), k, seed=p)
+    return codes, sizes
 
 
 def add_features(names: str, data: Data, codes: dict, sizes: list[int], seed: int):
     """Codes per user of one feature set such as "stats+userip" → int64 [N, E], sizes of the E new fields.
 
-    codes: "userip" and "stats" → int64 [N, P], as far as needed; sizes: codes per field, without the 0.
+    codes: "userip" → int64 [N, P], "stats" → what stats_codes gives, as far as needed; sizes: codes per field of the
+    bank, without the 0.
     """
-    parts = [np.zeros((len(data.users), 0), np.int64)]
+    parts, widths = [np.zeros((len(data.users), 0), np.int64)], []
     for name in names.split("+"):
         rng = np.random.default_rng([seed, FEATURES.index(name)])
+        if name == "none":
+            continue
+        part, width = codes["stats"] if name == "stats" else (codes["userip"], sizes)
         if name == "random":
-            parts.append(rng.integers(1, np.array(sizes) + 1, (len(data.users), len(sizes))))
+            part = rng.integers(1, np.array(sizes) + 1, (len(data.users), len(sizes)))
         elif name == "shuffled":
-            parts.append(rng.permutation(codes["userip"]))
-        elif name != "none":
-            parts.append(codes[name])
-    return np.concatenate(parts, 1), [size + 1 for part in parts[1:] for size in sizes]
+            part = rng.permutation(part)
+        parts.append(part)
+        widths += [size + 1 for size in width]
+    return np.concatenate(parts, 1), widths
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -77,18 +77,19 @@ python3_10() {  # the interpreter to make the environment with: PYTHON, or the f
 }
 
 environment() {  # .venv with the pinned packages; a half-made one is made again
-  local make=: python
+  local python
+  export MAKE=:                              # not part of the stage's command: that is the same the next time
   if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
       "$VENV" 2>/dev/null; then
     python=$(python3_10)
-    make="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
+    MAKE="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
     if [ -e "$VENV" ] && [ ! -e "$VENV/bin/python" ] && [ ! -L "$VENV/bin/python" ]; then
       echo "reproduce.sh: $VENV is there and is no Python environment: move it, or set VENV" >&2
       exit 2
     fi
     rm -f runs/env.stamp
   fi
-  stage env requirements.txt "" "$PY" "$make && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+  stage env requirements.txt "" "$PY" "eval \"\$MAKE\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
 }
 
 seconds() {  # seconds per stage of the run so far, as JSON

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -887,7 +888,7 @@ def test_ctr_features_are_codes_per_user(tmp_path):
     make = lambda name, seed=0: ctr.add_features(name, data, codes, [4, 3], seed)
     assert make("none")[0].shape == (40, 0) and make("none")[1] == []
     both, sizes = make("stats+userip")
-    assert np.array_equal(both, np.hstack([codes["stats"], bank.codes])) and sizes == [5, 4, 5, 4]
+    assert np.array_equal(both, np.hstack([codes["stats"][0], bank.codes])) and sizes == [5, 4, 5, 5, 4]
     mixed = make("shuffled")[0]
     assert sorted(mixed.tolist()) == sorted(bank.codes.tolist()) and not np.array_equal(mixed, bank.codes)
     drawn = make("random")[0]
@@ -902,17 +903,17 @@ def test_ctr_stats_are_the_plain_statistics_of_training_rows(tmp_path):
         arrays["split"][arrays["user"] == 39], arrays["split"][:2] = 1, 0
         arrays["price"][:2] = [math.e, np.nan]
     before = ctr.read_data(ctr_data(tmp_path / "a", change=change))
-    active, (taste, habits) = ctr.statistics(before)
+    active, (taste, price, habits) = ctr.statistics(before)
     assert taste[39].tolist() == [0, 0.5, 0.5, 0, 0] and active.all()
-    np.testing.assert_allclose(habits[39], [3.5, math.log(2), 1, 0], atol=1e-6)
+    np.testing.assert_allclose([*price[39], *habits[39]], [1, 3.5, math.log(2)], atol=1e-6)   # of e dollars and unknown
     def later(arrays):
         change(arrays)
         rows = arrays["split"] > 0
         arrays["x"][rows, 2], arrays["rating"][rows], arrays["price"][rows] = 3, 4, 77
     after = ctr.read_data(ctr_data(tmp_path / "b", change=later))
-    assert ctr.stats_codes(before, [4, 3]).tobytes() == ctr.stats_codes(after, [4, 3]).tobytes()
-    codes = ctr.stats_codes(ctr.read_data(ctr_data(tmp_path / "c")), [4, 3])
-    assert set(codes[:, 0]) == {1, 2, 3, 4} and set(codes[:, 1]) == {1, 2, 3}
+    assert ctr.stats_codes(before, [4, 3])[0].tobytes() == ctr.stats_codes(after, [4, 3])[0].tobytes()
+    codes, sizes = ctr.stats_codes(ctr.read_data(ctr_data(tmp_path / "c")), [4, 3])
+    assert sizes == [4, 3, 4] and [set(column) for column in codes.T] == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2, 3, 4}]
 
 
 def test_ctr_kmeans_finds_groups_and_survives_equal_points():
@@ -1008,7 +1009,7 @@ def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(
     ctr.main([str(a) for a in ("run", "--data", data, "--out", out, "--models", "lr", "--features", "none,stats",
                                "--seeds", 1, "--epochs", 2, "--drop", "user,item", "--device", "cpu")])
     one = json.loads((out / "lr_none_0.json").read_text())
-    assert one["config"]["drop"] == ["user", "item"] and sizes == [[5], [5, 5, 4]]
+    assert one["config"]["drop"] == ["user", "item"] and sizes == [[5], [5, 5, 4, 5]]
     assert scored == [160, 160, 240] * 2
     ctr.main(["bench", "--rows", "3000", "--device", "cpu"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -1616,9 +1617,18 @@ def reproduce(folder, *words, **settings):
 
 
 def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
+    """A new environment too: made by a Python whose environments see the packages of this one, so nothing is fetched."""
     for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
         shutil.copy(HERE / name, tmp_path)
-    first = reproduce(tmp_path, LM=str(tiny))
+    python = tmp_path / "a python"
+    python.write_text(f"""#!/bin/sh
+'{sys.executable}' "$@" || exit
+case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
+    echo '{Path(pytest.__file__).parents[1]}' > "$folder/these.pth"; done ;; esac
+""")
+    python.chmod(0o755)
+    run = partial(reproduce, tmp_path, VENV=".venv", PYTHON=str(python))
+    first = run(LM=str(tiny))
     assert first.returncode == 0, first.stdout + first.stderr
     summary = json.loads((tmp_path / "results/demo/summary.json").read_text())
     assert set(summary) >= {"lm", "ari", "perplexity", "F", "auc", "seconds"}
@@ -1627,16 +1637,16 @@ def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
     assert set(summary["seconds"]) >= {"data", "profiles", "bank", "ctr"}
     assert "| lr | userip |" in first.stdout and "bash reproduce.sh full" in first.stdout   # the table, and what is next
     saved = (tmp_path / "results/demo/summary.json").read_bytes()
-    again = reproduce(tmp_path, LM=str(tiny))
+    again = run(LM=str(tiny))
     assert again.stdout.count("up to date") == 7 and (tmp_path / "results/demo/summary.json").read_bytes() == saved
     with open(tmp_path / "ctr.py", "a") as file:
         file.write("# touched\n")
-    touched = reproduce(tmp_path, LM=str(tiny))
+    touched = run(LM=str(tiny))
     assert [s for s in "env lm data profiles bank ctr table".split() if f"[demo/{s}] up to date" not in touched.stdout] == [
         "ctr", "table"]
     shutil.rmtree(tmp_path / "results")                                # lost outputs are made again
-    assert reproduce(tmp_path, LM=str(tiny)).returncode == 0 and (tmp_path / "results/demo/score.json").exists()
-    broken = reproduce(tmp_path, "profiles", LM="./nowhere")
+    assert run(LM=str(tiny)).returncode == 0 and (tmp_path / "results/demo/score.json").exists()
+    broken = run("profiles", LM="./nowhere")
     assert broken.returncode == 2 and "Stage profiles failed" in broken.stderr and "runs/demo/profiles.log" in broken.stderr
     assert "no such folder" in broken.stderr
     assert reproduce(tmp_path, "env", VENV=str(tmp_path)).returncode == 2          # a folder that is no environment
