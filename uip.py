@@ -422,7 +422,9 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
     auto: the GPU if there is one; bfloat16 there and on CPUs with bf16 instructions, else float32. Raises Fault 2 (no
     such folder), 3 (hub out of reach, gated or unknown id) or 4 (a folder that is no causal LM).
     """
+    from huggingface_hub.utils import logging as hub
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    hub.set_verbosity_error()                                          # its retries fill the screen; the fault below tells
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     local = os.path.isdir(name)
@@ -436,6 +438,8 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
         raise Fault(2, f"--device {device} is not here: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bf16(device) else "float32"
+    if not local:
+        print(f"asking the hub, or its cache, for {name}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         lm = AutoModelForCausalLM.from_pretrained(
