@@ -76,20 +76,20 @@ python3_10() {  # the interpreter to make the environment with: PYTHON, or the f
   exit 3
 }
 
-environment() {  # .venv with the pinned packages; a half-made one is made again
+environment() {  # .venv with the pinned packages; one that this script left half made is made again, no other
   local python
-  export MAKE=:                              # not part of the stage's command: that is the same the next time
+  export NEW_ENV=:                              # not part of the stage's command: that is the same the next time
   if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
       "$VENV" 2>/dev/null; then
-    python=$(python3_10)
-    MAKE="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
-    if [ -e "$VENV" ] && [ ! -e "$VENV/bin/python" ] && [ ! -L "$VENV/bin/python" ]; then
-      echo "reproduce.sh: $VENV is there and is no Python environment: move it, or set VENV" >&2
+    if [ -e "$VENV" ] && [ "$(cat runs/env.venv 2>/dev/null)" != "$VENV" ]; then
+      echo "reproduce.sh: $VENV is there and is no Python environment with pip: move it, or set VENV" >&2
       exit 2
     fi
-    rm -f runs/env.stamp
+    python=$(python3_10)
+    mkdir -p runs && echo "$VENV" > runs/env.venv && rm -f runs/env.stamp
+    NEW_ENV="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
   fi
-  stage env requirements.txt "" "$PY" "eval \"\$MAKE\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+  stage env requirements.txt "" "$PY" "eval \"\$NEW_ENV\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
 }
 
 seconds() {  # seconds per stage of the run so far, as JSON

@@ -292,6 +292,26 @@ def test_e_step_never_leaves_a_user_worse_and_the_prior_pulls():
     assert (held[:, 1].norm(dim=(1, 2)) > 0.8 * free[:, 1].norm(dim=(1, 2))).all()
 
 
+def test_e_step_finds_the_map_in_closed_form(monkeypatch):
+    """With ½ a‖θ‖² in place of the likelihood, the MAP under precision λ/τ² around μ is λ/τ² μ / (a + λ/τ²)."""
+    lm, layout, rows, _, theta = case(m=1)
+    monkeypatch.setattr(uip, "nll", lambda lm, batch, x: 0.5 * 2.0 * x.square().sum((1, 2, 3)))
+    found, value = uip.e_step(lm, layout, rows, theta, torch.ones(3, 2, 32), torch.tensor([6.0, 1.0]), steps=2000, lr=0.02)
+    assert torch.allclose(found[:, 0], torch.tensor(6 / 8), atol=0.01)
+    assert torch.allclose(found[:, 1], torch.tensor(1 / 3), atol=0.01)
+    assert value.tolist() == pytest.approx([32 * (0.75 ** 2 + 1 / 9)] * 3, rel=0.02)     # of the likelihood alone
+
+
+def test_m_step_starts_from_the_codebook_it_is_given():
+    """Codes keep their places (by size they would swap), μ and π are those of the users, τ² stays."""
+    theta = torch.cat([torch.zeros(10, 1, 1, 4), torch.ones(5, 1, 1, 4)]) + 0.01 * torch.randn(15, 1, 1, 4)
+    before = uip.Book([torch.tensor([[0.9] * 4, [0.2] * 4])], [torch.tensor([0.5, 0.5])], torch.tensor([7.0]))
+    book, ids = uip.m_step(theta, [2], before)
+    assert ids.flatten().tolist() == [1] * 10 + [0] * 5 and book.tau2.tolist() == [7.0]
+    assert torch.allclose(book.mu[0], torch.stack([theta[10:].mean(0), theta[:10].mean(0)]).reshape(2, 4), atol=1e-5)
+    assert book.pi[0].tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
 def test_shards_and_budget_do_not_change_the_result():
     one, other = fitted(n=21)[-1], fitted(n=21, shard=4, budget=30)[-1]
     assert torch.equal(one.ids, other.ids) and torch.allclose(one.nll, other.nll, rtol=1e-3)
@@ -1649,7 +1669,14 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     broken = run("profiles", LM="./nowhere")
     assert broken.returncode == 2 and "Stage profiles failed" in broken.stderr and "runs/demo/profiles.log" in broken.stderr
     assert "no such folder" in broken.stderr
-    assert reproduce(tmp_path, "env", VENV=str(tmp_path)).returncode == 2          # a folder that is no environment
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)             # a folder that is no environment of ours:
+    alien = reproduce(tmp_path, "env", VENV=str(tmp_path))                # refused, and nothing in it is touched
+    assert alien.returncode == 2 and "move it" in alien.stderr and (tmp_path / "uip.py").exists()
+    shutil.rmtree(next(tmp_path.glob(".venv/lib/python*/site-packages/pip")))
+    next(tmp_path.glob(".venv/lib/python*/site-packages/these.pth")).unlink()
+    mended = run("env", LM=str(tiny))                                     # half made by this script: made again
+    assert mended.returncode == 0 and "up to date" not in mended.stdout, mended.stderr
     assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
 
 
