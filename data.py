@@ -8,10 +8,14 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
 
     interactions.npz  user int32 [R], x int32 [R, F] (0 = unknown), y int8 [R] (rating > 3),
                       rating float32 [R], price float32 [R] (NaN = unknown), time int64 [R] in seconds,
-                      split int8 [R] (0 train, 1 valid, 2 test), users str [N]
+                      split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, a newcomer's known rows, and
+                      4, not used), users str [N]
     evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
     meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above
-    truth.npz         planted only: users, int [N] per profile, n_train; never part of evidence or fields
+    truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
+                      evidence or fields
+    new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
+                      `uip.py fit`; new/nX of the newcomers' first X rows, for `uip.py infer` and `ctr.py run`
 """
 from __future__ import annotations
 
@@ -66,11 +70,13 @@ class Progress(tqdm):
 
 # ------------------------------------------------------------------------------------------ what a dataset is
 
-FIELDS = ["user", "item", "category", "brand", "price"]
+FIELDS = ["user", "item", "category", "brand", "era", "price"]  # those of them that a dataset knows
 PRICE_WORDS = ["cheap", "mid-range", "expensive"]
 
-# One layout per dataset. profiles: name → the text before its soft token. kinds: "price" or an item
-# attribute → lead, the fixed text before a value (never scored), and view, the profiles it speaks for.
+# One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
+# before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
+# "price" or "verdict" (the kind's own name); rows, "liked" (rating > 3) or "disliked" ones only (all); most,
+# texts per user (--evidence).
 LAYOUTS = {
     "planted": {
         "profiles": {"hobby": "The user's hobby is", "background": "The user's spending level is"},
@@ -272,29 +278,53 @@ class PriceWords:
         return f"{PRICE_WORDS[code - 1]}, ${item['price']:.0f}" if code else None
 
 
+VERDICTS = ["much worse", "worse", "about the same", "better", "much better"]
+
+
+class Verdicts:
+    """How a rating compares with those that the item got in training, in words (ours).
+
+    The item's mean is shrunk towards the global one by five ratings: an unknown item counts as an average one.
+    """
+
+    def __init__(self, item: np.ndarray, rating: np.ndarray):
+        """item str, rating float: [rows of training]."""
+        names, code = np.unique(item, return_inverse=True)
+        self.mean = float(rating.mean())
+        gap = np.bincount(code, rating - self.mean) / (np.bincount(code) + 5)
+        self.gap = dict(zip(names.tolist(), gap.tolist()))
+
+    def text(self, item: str, rating: float) -> str:
+        """'better': the user liked it more than others did. Steps at ±0.4 and ±1.25 stars."""
+        return VERDICTS[int(np.digitize(rating - self.mean - self.gap.get(item, 0.0), (-1.25, -0.4, 0.4, 1.25)))]
+
+
 class Prepared(NamedTuple):
     """What the models read."""
     arrays: dict[str, np.ndarray]         # as in interactions.npz
-    evidence: list[dict[str, list[str]]]  # per user, in the order of `users`: kind → texts
+    evidence: dict                        # user → kind → texts, of the users told of
+    fields: list[str]                     # names of x's columns
     sizes: list[int]                      # of the fields, the 0 included
 
 
 def prepare(data: Dataset, layout: dict, *, k_user: int = 1, k_item: int = 2, evidence: int = 8,
-            seed: int = 0, parts=None) -> Prepared:
+            seed: int = 0, parts=None, told=None) -> Prepared:
     """Columns and evidence for the models. Whatever is fitted is fitted on training rows (ours).
 
     The k-core is that of the training rows: a user outside it goes with all rows, an item outside it becomes
-    unknown. evidence: purchases told per user, a sample that seed and the user's own training rows decide.
-    parts: int8 [R], a given split. The order of the rows does not matter. Fault 4: no user is left.
+    unknown. Users without any training row (newcomers) stay. evidence: texts per user and kind, of a sample of rows
+    that seed and the user's own rows decide. parts: int8 [R], a given split; told: bool [R], the rows that evidence
+    tells of (training). The order of the rows does not matter. Fault 4: no user is left.
     """
     if parts is None:
         parts = split(data.user, data.time, row_keys(data.user, data.item, data.time))
+    told = parts == 0 if told is None else told
     train = np.flatnonzero(parts == 0)
     core = train[k_core(data.user[train], data.item[train], k_user, k_item)]
     if not len(core):
         raise Fault(4, f"no user has {k_user} or more training rows whose items have {k_item} or more: "
                        "lower --k-user or --k-item, or take more users")
-    users = np.unique(data.user[core])
+    users = np.union1d(data.user[core], np.setdiff1d(data.user, data.user[train]))
     rows = np.flatnonzero(np.isin(data.user, users))
     key = row_keys(data.user[rows], data.item[rows], data.time[rows])
     rows = rows[np.lexsort((key, data.time[rows], data.user[rows]))]
@@ -302,25 +332,69 @@ def prepare(data: Dataset, layout: dict, *, k_user: int = 1, k_item: int = 2, ev
     train, bought = np.flatnonzero(parts[rows] == 0), [data.items[i] for i in item.tolist()]
     words = PriceWords([data.items[i] for i in np.unique(item[train]).tolist()])
 
-    columns = [user.tolist(), item.tolist(), *([row[f] for row in bought] for f in ("category", "brand"))]
-    books = [vocabulary(users.tolist()), vocabulary(data.item[core].tolist()),
+    fields = [f for f in FIELDS[2:-1] if any(bought[r].get(f) is not None for r in train)]
+    columns = [user.tolist(), item.tolist(), *([row.get(f) for row in bought] for f in fields)]
+    books = [vocabulary(data.user[core].tolist()), vocabulary(data.item[core].tolist()),
              *(vocabulary(column[r] for r in train) for column in columns[2:])]
     x = [[book.get(value, 0) for value in column] for book, column in zip(books, columns)]
-    x.append([words.code(row) for row in bought])
+    sizes = [1 + len(book) for book in books]
+    if words.default is not None:
+        x.append([words.code(row) for row in bought])
+        fields, sizes = [*fields, "price"], [*sizes, 1 + len(PRICE_WORDS)]
     arrays = {"user": np.searchsorted(users, user).astype(np.int32),
               "x": np.array(x, np.int32).T.copy(),                              # (R, F)
               "y": (rating > 3).astype(np.int8), "rating": rating.astype(np.float32),
-              "price": np.array([row["price"] for row in bought], np.float32),  # None reads as NaN
+              "price": np.array([row.get("price") for row in bought], np.float32),  # None reads as NaN
               "time": time.astype(np.int64), "split": parts[rows].astype(np.int8), "users": users}
 
-    place, _ = ranks(user[train], row_keys(user[train], item[train], time[train], seed))
-    texts = [{kind: [] for kind in layout["kinds"]} for _ in users]
-    for r in train[place < evidence]:
-        for kind, values in texts[arrays["user"][r]].items():
-            text = words.text(bought[r]) if kind == "price" else bought[r][kind]
-            if text is not None:
-                values.append(text)
-    return Prepared(arrays, texts, [1 + len(book) for book in books] + [1 + len(PRICE_WORDS)])
+    verdicts = Verdicts(item[train], rating[train])
+    texts = tell(layout, Rows(user, item, rating, row_keys(user, item, time, seed), bought), told[rows], evidence,
+                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]))
+    return Prepared(arrays, texts, ["user", "item", *fields], sizes)
+
+
+class Rows(NamedTuple):
+    """What evidence tells of, by row."""
+    user: np.ndarray    # str [R]
+    item: np.ndarray    # str [R]
+    rating: np.ndarray  # float [R]
+    key: np.ndarray     # uint64 [R], the order in which a user's rows are sampled
+    about: list[dict]   # the item's attributes
+
+
+def tell(layout: dict, rows: Rows, told: np.ndarray, most: int, **words) -> dict[str, dict[str, list[str]]]:
+    """Evidence texts: user → kind → the values of the user's rows, in their order; see LAYOUTS.
+
+    told: bool [R], the rows to tell of; most: of so many of them for each kind; words: source → its text of row r, the
+    other sources are item attributes, a text or a list of texts.
+    """
+    texts = {name: {kind: [] for kind in layout["kinds"]} for name in np.unique(rows.user[told]).tolist()}
+    for kind, how in layout["kinds"].items():
+        source, some = how.get("from", kind), how.get("rows")
+        chosen = np.flatnonzero(told & ((rows.rating > 3) == (some == "liked")) if some else told)
+        place, _ = ranks(rows.user[chosen], rows.key[chosen])
+        for r in chosen[place < how.get("most", most)].tolist():
+            value = words[source](r) if source in words else rows.about[r].get(source)
+            texts[rows.user[r]][kind] += value if isinstance(value, list) else [value] if value is not None else []
+    return texts
+
+
+NEWCOMERS = 1, 2, 4, 8  # rows that are known of a newcomer
+
+
+def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """A split by users: some are new, and only their first rows are known (ours).
+
+    -> int8 [R]: 0 all rows of the warm users, 1 and 2 the rows to score of new users for validation and test, 3 the
+    first max(NEWCOMERS) rows of these; and int [R], each row's place in its user's history. Who is new depends on
+    seed and the users' ids.
+    """
+    names = np.unique(data.user)
+    order = names[np.argsort(row_keys(names, seed))]
+    n_valid, n_test = (max(1, round(share * len(names))) for share in (valid, test))
+    rank, _ = ranks(data.user, data.time, row_keys(data.user, data.item, data.time))
+    parts = np.isin(data.user, order[:n_valid]) * 1 + np.isin(data.user, order[n_valid:n_valid + n_test]) * 2
+    return np.where((parts > 0) & (rank < max(NEWCOMERS)), 3, parts).astype(np.int8), rank
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -353,12 +427,12 @@ def publish_json(path: Path, value) -> None:
 def statistics(ready: Prepared) -> dict:
     """Counts for meta.json and the screen. A sparse user has fewer than six training rows."""
     parts, y = ready.arrays["split"], ready.arrays["y"]
-    n_train = np.bincount(ready.arrays["user"][parts == 0], minlength=len(ready.evidence))
+    n_train = np.bincount(ready.arrays["user"][parts == 0], minlength=len(ready.arrays["users"]))
     return {"users": len(n_train), "items": ready.sizes[1] - 1, "rows": len(y),
             **{name: int((parts == part).sum()) for part, name in enumerate(("train", "valid", "test"))},
             "positive_rate": round(float(y.mean()), 4), "dense_users": int((n_train >= 6).sum()),
             "sparse_users": int((n_train < 6).sum()),
-            "evidence_texts": sum(len(texts) for kinds in ready.evidence for texts in kinds.values())}
+            "evidence_texts": sum(len(texts) for kinds in ready.evidence.values() for texts in kinds.values())}
 
 
 def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict) -> dict:
@@ -367,7 +441,7 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
     for old in ("meta.json", "truth.npz"):
         (out / old).unlink(missing_ok=True)
     lines = (json.dumps({"user": user, "evidence": texts}, ensure_ascii=False, sort_keys=True) + "\n"
-             for user, texts in zip(users, ready.evidence))
+             for user, texts in ready.evidence.items())
     sha = {"interactions.npz": publish(out / "interactions.npz", lambda f: np.savez(f, **arrays)),
            "evidence.jsonl": publish(out / "evidence.jsonl", lambda f: f.writelines(map(str.encode, lines)))}
     if truth:
@@ -375,9 +449,19 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
         n_train = np.bincount(arrays["user"][arrays["split"] == 0], minlength=len(users)).astype(np.int32)
         publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
     publish_json(out / "meta.json", {
-        "name": name, "version": 1, "fields": FIELDS, "sizes": ready.sizes, "sha256": sha, "layout": layout,
+        "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
         "stats": stats, "seed": config["seed"], "config": config})
     return stats
+
+
+def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: dict, fit: dict) -> None:
+    """The folders new/ and new/nX: the same rows everywhere, in nX all but the first X of the known ones put aside."""
+    parts, rank = newcomers(data, fit["seed"])
+    for n in (0, *NEWCOMERS):
+        folder, known = out / "new" / (f"n{n}" if n else ""), (parts == 3) & (rank < n)
+        ready = prepare(data, layout, parts=np.where((parts == 3) & ~known, 4, parts), told=known if n else None, **fit)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {})
 
 
 # --------------------------------------------------------------------------------------------------- download

@@ -1612,6 +1612,40 @@ def test_killed_fit_resumes_to_the_same_bytes(tiny, planted_folder, tmp_path):
         assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]
+
+
+def test_two_processes_give_what_one_gives(tiny, planted_folder, tmp_path):
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "one"))
+    run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "two")], cwd=HERE, capture_output=True,
+                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("30 users") == 1                         # one process speaks
+    one, two = (np.load(tmp_path / name / "profiles.npz") for name in ("one", "two"))
+    assert all(np.array_equal(one[key], two[key]) for key in ("users", "ids"))
+    assert all(np.allclose(one[key], two[key], atol=1e-5) for key in one.files if one[key].dtype == np.float32)
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_the_next_resumes(tiny, planted_folder, tmp_path):
+    """SIGKILL to one of two, in the middle of its first shard (a test's hook in the environment sleeps it there)."""
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, threading, time, glob\n"
+        "def die():\n"
+        f"    while not glob.glob({str(tmp_path / 'out' / 'shard_1_*.pt')!r}): time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '1': threading.Thread(target=die, daemon=True).start()\n")
+    command = [*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "out", "--shard", "2")]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)})
+    assert run.returncode != 0 and not (tmp_path / "out" / "profiles.npz").exists()
+    assert list((tmp_path / "out").glob("shard_1_*.pt"))
+    subprocess.run(command, cwd=HERE, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    whole, out = (np.load(tmp_path / name / "profiles.npz") for name in ("whole", "out"))
+    assert np.array_equal(whole["ids"], out["ids"]) and np.allclose(whole["theta"], out["theta"], atol=1e-5)
+
+
 def test_shards_of_an_earlier_run_are_used(tiny, planted_folder, tmp_path, monkeypatch):
     """Stopped in round 1: what is on the disk is not computed again, and the result is bit for bit the same."""
     uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))

@@ -23,15 +23,20 @@ import hashlib
 import json
 import math
 import os
+import platform
+import resource
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
@@ -344,7 +349,8 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
     """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
 
     rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
-    nearest codes: that is how new users are served. Shards already in `folder` are taken from there.
+    nearest codes: that is how new users are served. Shards already in `folder` are taken from there. Under torchrun
+    each process takes its share of the shards and all then do the same M-step, so that the result is one process's.
     """
     check_input(lm, rows)
     fixed, trace, ids, cache = book is not None, [], None, prefix(lm, layout)
@@ -352,18 +358,16 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
     theta = prior_mean.repeat(len(rows), len(codes), layout.m, 1)                           # (N, P, m, d)
     parts = [slice(i, i + shard) for i in range(0, len(rows), shard)]
     files = [[folder and folder / f"shard_{r}_{i:05d}.pt" for i in range(len(parts))] for r in range(rounds + 1)]
-    todo = sum(len(rows[part]) for line in files for part, file in zip(parts, line) if not (file and file.exists()))
-    bar = Progress(total=todo * (steps + 1), desc="E-step", unit="user-step")
+    rank, world = place()
+    todo = sum(len(rows[part]) for line in files for n, (part, file) in enumerate(zip(parts, line))
+               if n % world == rank and not (file and file.exists()))
+    bar = Progress(total=todo * (steps + 1), desc="E-step", unit="user-step", disable=rank > 0)
 
     for r in range(rounds + 1):
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
-        found = []
-        for part, file in zip(parts, files[r]):
-            start = theta[part], None if centre is None else centre[part], precision
-            work = partial(e_step, lm, layout, rows[part], *start, steps=steps, lr=lr, budget=budget, cache=cache,
-                           tick=bar.update)
-            found.append(kept(file, work))
-        theta, value = (torch.cat(x) for x in zip(*found))
+        work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
+                        steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update) for part in parts]
+        theta, value = (torch.cat(x) for x in zip(*shared(files[r], work)))
         if r:
             trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
         if fixed:
@@ -384,6 +388,29 @@ def check_input(lm, rows: list[Row]) -> None:
     longest, context = 1 + max(max(row.positions) for row in rows), getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
         raise Fault(4, f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
+
+
+def place() -> tuple[int, int]:
+    """This process among those of torchrun: (rank, how many); (0, 1) without."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shared(files: list[Path | None], work: list) -> list[tuple[Tensor, Tensor]]:
+    """Results of all shards: this process's share is computed, the other processes' are read from their files."""
+    rank, world = place()
+    own = {n: kept(files[n], work[n]) for n in range(rank, len(files), world)}
+    meet()
+    return [own[n] if n in own else kept(files[n], None) for n in range(len(files))]
+
+
+def meet() -> None:
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise Fault(3, "another process of this run has died: see its message, then run the same command again, which "
+                           f"goes on from the finished shards ({str(error).splitlines()[0]})") from None
 
 
 def kept(path: Path | None, work) -> tuple[Tensor, Tensor]:
@@ -606,25 +633,56 @@ def naive(lm, layout: Layout, evidence: list[dict], theta: Tensor) -> Tensor:
     return theta.new_zeros(len(evidence)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
 
 
+def peak_mb() -> int:
+    """The most memory that this process, or its GPU, has held so far, MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most // (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def bench(args) -> None:
-    """Evidence and labelled tokens per second of one E-step iteration, alternately with the limit and the naive way."""
+    """E-step iterations beside the limit and the naive way, in turn; or, with --grow, over 1, 4 and 16 times --users."""
     lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
-    users, evidence, source = read_evidence(Path(args.data))
+    _, evidence, source = read_evidence(Path(args.data))
     layout = Layout.build(source["layout"], tokenizer)
-    evidence = [texts for texts in evidence if any(texts.values())][:args.users]
-    rows, cache = [pack(texts, layout) for texts in evidence], prefix(lm, layout)
-    theta = lm.get_input_embeddings().weight.float().mean(0).repeat(len(rows), len(layout.profiles), 1, 1)
+    evidence = [texts for texts in evidence if any(texts.values())]
+    result = grow(args, lm, layout, evidence) if args.grow else ratios(args, lm, layout, evidence[:args.users])
+    result |= {"lm": describe(args.lm, lm), "data": source["name"], "budget": args.budget, "peak_mb": peak_mb(), "machine": {
+        "device": str(lm.device), "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__}}
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.out), as_json(result))
+    print(json.dumps(result))
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def ratios(args, lm, layout: Layout, evidence: list[dict]) -> dict:
+    """Tokens per second of an E-step iteration over users, as a share of the LLM's limit and against the naive way.
+
+    The limit takes as many tokens as the evidence has, --budget at a time, predictions in proportion. The naive way
+    takes --naive of the users, evenly over their lengths, and is compared by labelled tokens per second.
+    """
+    rows, cache = sorted((pack(texts, layout) for texts in evidence), key=lambda row: len(row.ids)), prefix(lm, layout)
+    theta = lm.get_input_embeddings().weight.float().mean(0).cpu().repeat(len(rows), len(layout.profiles), 1, 1)
     full = load_lm(args.lm, "float32", args.device)[0]
     tokens, labels = sum(len(row.ids) for row in rows), sum(sum(row.labels) for row in rows)
     predictions = sum(len({p for p, n in zip(row.parents, row.labels) if n}) for row in rows)
+    width, some = tokens // len(rows), sorted(evidence, key=lambda texts: len(pack(texts, layout).ids))
+    some = some[::max(1, len(some) // args.naive)]
 
-    def naive_step(model):                       # a few users at a time, and one dense Adam over all of them
-        x = theta.clone().to(model.device).requires_grad_()
-        adam = torch.optim.Adam([x])
-        for start in range(0, len(rows), 4):
-            naive(model, layout, evidence[start:start + 4], x[start:start + 4]).sum().backward()
-            adam.step()
-            adam.zero_grad()
+    def limit():
+        for begin in range(0, tokens, args.budget):
+            part = min(args.budget, tokens - begin)
+            bare(lm, part, min(width, part), predictions * part // tokens)
 
     def our_step():
         for group in batches([len(row.ids) for row in rows], args.budget):
@@ -633,9 +691,15 @@ def bench(args) -> None:
             nll(lm, batch, x).sum().backward()
             torch.optim.Adam([x]).step()
 
-    ways = {"e_step": our_step,
-            "limit": lambda: bare(lm, tokens, max(tokens // len(rows), 1), predictions),
-            "naive": lambda: naive_step(full), "naive_same_dtype": lambda: naive_step(lm)}
+    def naive_step(model):                       # a few users at a time, and one dense Adam over all of them
+        x = theta[:len(some)].to(model.device).requires_grad_()
+        adam = torch.optim.Adam([x])
+        for start in range(0, len(some), 4):
+            naive(model, layout, some[start:start + 4], x[start:start + 4]).sum().backward()
+            adam.step()
+            adam.zero_grad()
+
+    ways = {"e_step": our_step, "limit": limit, "naive": lambda: naive_step(full), "naive_same_dtype": lambda: naive_step(lm)}
     seconds = {way: [] for way in ways}
     for i in range(args.repeat + 1):             # in turn, the first round a warm-up
         for way, run in ways.items():
@@ -645,16 +709,26 @@ def bench(args) -> None:
                 torch.cuda.synchronize()
             seconds[way] += [time.perf_counter() - began] * (i > 0)
     mid = {way: float(np.median(values)) for way, values in seconds.items()}
-    ratio = lambda way: round(float(np.median(np.divide(seconds[way], seconds["e_step"]))), 3)
-    result = {"lm": describe(args.lm, lm), "users": len(rows), "tokens": tokens, "labelled": labels,
-              "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
-              "of_limit": ratio("limit"), "vs_naive": ratio("naive"), "vs_naive_same_dtype": ratio("naive_same_dtype"),
-              "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "device": str(lm.device)}
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(args.out), as_json(result))
-    print(json.dumps(result))
+    ratio = lambda way: float(np.median(np.divide(seconds[way], seconds["e_step"])))
+    share = labels / sum(sum(pack(texts, layout).labels) for texts in some)
+    return {"users": len(rows), "tokens": tokens, "labelled": labels, "naive_users": len(some), "seconds": seconds,
+            "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
+            "of_limit": round(ratio("limit"), 3), "vs_naive": round(ratio("naive") * share, 2),
+            "vs_naive_same_dtype": round(ratio("naive_same_dtype") * share, 2)}
+
+
+def grow(args, lm, layout: Layout, evidence: list[dict]) -> dict:
+    """Seconds per user and peak memory of `fit` over 1, 4 and 16 times --users; those of --data, over and over."""
+    found = []
+    for users in (args.users, 4 * args.users, 16 * args.users):
+        rows = [pack(evidence[u % min(args.users, len(evidence))], layout) for u in range(users)]
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            fit(lm, layout, rows, [min(4, args.users)] * len(layout.profiles), rounds=0, steps=1, budget=args.budget,
+                shard=args.users, folder=Path(folder), log=lambda line: None)
+        found.append({"users": users, "seconds_per_user": round((time.perf_counter() - began) / users, 4),
+                      "peak_mb": peak_mb()})
+    return {"grow": found}
 
 
 # ----------------------------------------------------------------------------------------------------- CLI
@@ -704,18 +778,23 @@ def run_em(args) -> None:
         raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
     book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
     codebook = hashlib.sha256((given / "profiles.npz").read_bytes()).hexdigest() if given else None
-    claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"],
-                "codebook": codebook}, args.restart)
-    print(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
+    if place()[0] == 0:
+        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"],
+                    "codebook": codebook}, args.restart)
+    meet()
+    log = print if place()[0] == 0 else lambda text: None
+    log(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
           f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
     fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
                  lr=settings["lr"], lam=settings["prior"], seed=settings["seed"], shard=args.shard, budget=args.budget,
-                 book=book, folder=out)
-    save_profiles(out, users, active, fitted, layout, {
-        "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
-        "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
-        "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
-        "seconds": round(time.time() - began, 1)})
+                 book=book, folder=out, log=log)
+    meet()                                       # nobody reads shards any more
+    if place()[0] == 0:
+        save_profiles(out, users, active, fitted, layout, {
+            "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
+            "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
+            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
+            "seconds": round(time.time() - began, 1)})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -730,7 +809,9 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
         sub.add_argument("--budget", type=whole, default=1024, help="padded tokens in one forward pass")
         if name == "bench":
-            sub.add_argument("--users", type=whole, default=24, help="the first so many users of --data")
+            sub.add_argument("--users", type=whole, default=128, help="the first so many users of --data")
+            sub.add_argument("--naive", type=whole, default=8, help="so many of them for the naive way, which is slow")
+            sub.add_argument("--grow", action="store_true", help="time and memory of 1, 4 and 16 times --users instead")
             sub.add_argument("--repeat", type=whole, default=3, help="rounds that count, after one that warms up")
             sub.add_argument("--out", help="JSON file for the figures")
             continue
@@ -749,10 +830,26 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
         sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
+        args.device = join(args.device)
     try:
         bench(args) if args.command == "bench" else run_em(args)
     except torch.OutOfMemoryError:
         raise Fault(2, f"out of memory: lower --budget {args.budget} (finished shards are kept)") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str) -> str:
+    """Become one of torchrun's processes, each with a GPU of its own if there are any. → the device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+    return device
 
 
 def whole(text: str, least: int = 1) -> int:
