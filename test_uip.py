@@ -397,6 +397,19 @@ def test_kmeans_equals_naive_loop(offset, monkeypatch):
         assert found.inertia == pytest.approx(float(nearest.values.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 99, 100, 101, 200, 1000])        # 200 rows: ends on, before and after an edge
+def test_kmeans_many_codes_equal_naive_loop_at_any_chunk(chunk, monkeypatch):
+    monkeypatch.setattr(codebook, "chunk_rows", lambda x: chunk)
+    x, _ = blobs(n=200, d=9, k=40, spread=1.0)
+    for iters in (1, 3):
+        c, history = naive_lloyd(x, x[:32], iters)
+        found = kmeans(x, 32, n_init=1, iters=iters, init=x[:32])
+        assert len(found.history) == iters and found.history == pytest.approx(history, rel=1e-4)
+        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
+        value, ids = torch.cdist(x.double(), found.centroids.double()).square().min(1)
+        assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(value.sum()), rel=1e-5)
+
+
 def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
     for seed in range(5):
