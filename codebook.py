@@ -4,7 +4,7 @@
     python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
     python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
-    python codebook.py bench  [--rows N] [--users N]                 speed of k-means and of the bank
+    python codebook.py bench  [--rows N] [--users N] [--out FILE]    speed of k-means and of the bank
 
 Codes count from 0 in arrays named `ids`, and from 1 in a bank and in cards, where 0 means "unknown user".
 """
@@ -654,26 +654,28 @@ def command_score(args) -> None:
 
 # ---------------------------------------------------------------------------------------------------- bench
 
-def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> None:
+def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> Tensor:
     """The obvious loop, for comparison: all distances at once, sums by index_add_."""
     for _ in range(iters):
         ids = torch.cdist(x, c).argmin(1)
         c = torch.zeros_like(c).index_add_(0, ids, x) / ids.bincount(minlength=len(c))[:, None]
+    return c
 
 
 def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
-    """The same iterations from the same start by others: scikit-learn and faiss only where installed."""
+    """The same iterations from the same start by others -> {name: call}; scikit-learn and faiss where installed."""
     k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
     try:
         from sklearn.cluster import KMeans
         model = KMeans(k, init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
-        calls["sklearn"] = lambda: model.fit(x.numpy())
+        calls["sklearn"] = lambda: torch.from_numpy(model.fit(x.numpy()).cluster_centers_)
     except ImportError:
         pass
     try:
         import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
         other = faiss.Kmeans(x.shape[1], k, niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
-        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy())
+        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy()) and torch.tensor(other.centroids)
     except ImportError:
         pass
     return calls
@@ -686,53 +688,73 @@ def seconds(call) -> float:
 
 
 def bench_kmeans(n: int, d: int, k: int, iters: int = 10, rounds: int = 5) -> dict:
-    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster)."""
+    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster).
+
+    Equal start, equal iterations; inertia, of the centroids each returns, shows that the answers are equal too.
+    """
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(k))
-    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters), **rivals(x, x[:k].clone(), iters)}
-    best = {name: min(times) for name, times in
-            zip(calls, zip(*([seconds(call) for call in calls.values()] for _ in range(rounds))))}
+    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters).centroids, **rivals(x, x[:k].clone(), iters)}
+    inertia = {name: float(assign(x, call())[1].double().sum()) for name, call in calls.items()}      # a warm-up, too
+    runs = [[seconds(call) for call in calls.values()] for _ in range(rounds)]
+    best = dict(zip(calls, map(min, zip(*runs))))
     ratio = {name: value / best["ours"] for name, value in best.items() if name != "ours"}
-    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio}
+    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio, "inertia": inertia}
 
 
 def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
-    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time."""
+    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time.
+
+    mb_2m, mb_100m: what so many users take, computed from the bytes a user of this bank. Readers add nothing: the
+    files are memory maps (np.memmap), so however many processes read, the pages are in memory once.
+    """
     rng = np.random.default_rng(0)
     users = np.char.add("u", rng.permutation(n).astype(str))
     codes = rng.integers(1, 5, (n, 2))
     build = seconds(lambda: Bank.build(folder / "bank", users, codes))
     opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
-    bank = Bank.open(folder / "bank")
-    batches = [users[rng.integers(0, n, batch)] for _ in range(50)]
-    each = float(np.median([seconds(lambda: bank.lookup(some)) for some in batches])) / batch
+    bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
+    median = lambda look, groups: float(np.median([seconds(lambda: look(some)) for some in groups])) / batch
+    each = median(bank.lookup, batches)
     single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
     with sqlite3.connect(folder / "bank.sqlite") as db:
         db.execute("CREATE TABLE bank (user TEXT PRIMARY KEY, a INT, b INT) WITHOUT ROWID")
-        order = users.argsort()
-        db.executemany("INSERT INTO bank VALUES (?, ?, ?)",
-                       ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in order))
-        db.commit()
+        rows = ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in users.argsort())
+        db.executemany("INSERT INTO bank VALUES (?, ?, ?)", rows)
         sql = "SELECT a, b FROM bank WHERE user = ?"
-        query = lambda some: [db.execute(sql, (user,)).fetchone() for user in some]
-        lite = float(np.median([seconds(lambda: query(some)) for some in map(np.ndarray.tolist, batches)])) / batch
-    size = sum(file.stat().st_size for file in (folder / "bank").iterdir())
-    return {"users": n, "build_s": build, "bytes_per_user": size / n, "open_ms": 1e3 * opened,
-            "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
+        lite = median(lambda some: [db.execute(sql, (user,)).fetchone() for user in some],
+                      map(np.ndarray.tolist, batches))
+    size = sum(file.stat().st_size for file in (folder / "bank").iterdir()) / n
+    return {"users": n, "build_s": build, "bytes_per_user": size, "mb_2m": 2 * size, "mb_100m": 100 * size,
+            "computed": ["mb_2m", "mb_100m"], "readers": "memory maps: all processes share one page cache",
+            "open_ms": 1e3 * opened, "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
             "single_p99_us": 1e6 * float(np.quantile(single, 0.99))}
 
 
+def machine() -> dict:
+    """What figures were measured on."""
+    try:
+        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(":")[1].strip()
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return {"processor": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "numpy": np.__version__}
+
+
 def command_bench(args) -> None:
-    """Prints figures as they come; the last line is all of them as JSON."""
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "numpy": np.__version__}
-    result = {"machine": machine, "kmeans": []}
+    """Speed of k-means and of the bank: figures as they come; the last line is all of them as JSON."""
+    result = {"machine": machine(), "kmeans": []}
     for n, d in ((args.rows, 576), (args.rows // 5, 4096)):
         for k in (4, 32):
             result["kmeans"].append(bench_kmeans(n, d, k))
             print(json.dumps(result["kmeans"][-1]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         result["bank"] = bench_bank(args.users, Path(folder))
-    print(json.dumps(result["bank"]))
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("sklearn", "faiss")}
+    result["compared"] = {"plain": "torch.cdist and index_add_", "sqlite": sqlite3.sqlite_version,
+                          **{name: version or "not installed" for name, version in versions.items()}}
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.out), as_json(result))
     print(json.dumps(result))
 
 
@@ -760,7 +782,8 @@ def main(argv: list[str] | None = None) -> None:
             ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
     command("bench", command_bench,
             ("--rows", {"type": int, "default": 100_000, "help": "rows for k-means (default: 100000)"}),
-            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}))
+            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),
+            ("--out", {"metavar": "FILE", "help": "JSON file for the figures, beside printing them"}))
     args = parser.parse_args(argv)
     args.run(args)
 
