@@ -211,8 +211,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
         raise Fault(2, f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     mean, centred = x.mean(0), None
-    if x.device.type == "cpu":                                         # numpy asks for huge pages, which torch does not:
-        centred = torch.from_numpy(np.empty(x.shape, np.float32))      # half the time of all that precedes the loop
+    if x.device.type == "cpu":                                         # numpy asks for huge pages, torch does not:
+        centred = torch.from_numpy(np.empty(x.shape, np.float32))      # half the time of all before the loop
     centred = torch.sub(x, mean, out=centred).float()                  # (N, d)
     total = float(torch.linalg.vector_norm(centred, dim=1).double().square().sum())
     if not total < 1e37 or init is not None and not init.isfinite().all():
