@@ -197,7 +197,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
 
     Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that
     equal data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored).
-    Exactly `iters` iterations unless no row moves any more. Memory: one centred fp32 copy of x, 8 bytes a row.
+    Exactly `iters` iterations unless no row moves any more. Memory: 8 bytes a row, and a centred fp32 copy of x
+    unless x is fp32 and its mean is small beside its spread.
     The default generator is seeded with 0; the global one is never used.
     Raises Fault 2 for a bad shape, k < 1, k > N or an unfit init; Fault 4 for NaN, infinite or huge values.
     """
@@ -210,11 +211,15 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     if init is not None and init.shape != (k, x.shape[1]):
         raise Fault(2, f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    mean, centred = x.mean(0), None
-    if x.device.type == "cpu":                                         # numpy asks for huge pages, torch does not:
-        centred = torch.from_numpy(np.empty(x.shape, np.float32))      # half the time of all before the loop
-    centred = torch.sub(x, mean, out=centred).float()                  # (N, d)
-    total = float(torch.linalg.vector_norm(centred, dim=1).double().square().sum())
+    square = lambda rows: float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    mean, total, centred = x.mean(0), square(x), None
+    if len(x) * float(mean.square().sum()) < 0.1 * total < 1e36:       # centred enough for fp32: no copy of x
+        mean, centred = torch.zeros_like(mean), x.float()
+    else:
+        if x.device.type == "cpu":                                     # numpy asks for huge pages, torch does not:
+            centred = torch.from_numpy(np.empty(x.shape, np.float32))  # half the time of all before the loop
+        centred = torch.sub(x, mean, out=centred).float()              # (N, d)
+        total = square(centred)
     if not total < 1e37 or init is not None and not init.isfinite().all():
         bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
         where = f"row {bad[0]} is the first of {len(bad)}" if bad else "in init, or the squares overflow"

@@ -422,6 +422,16 @@ def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
     assert inertia[0] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0])                       # without and with a centred copy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kmeans_leaves_its_input_alone(offset, dtype):
+    x = (blobs()[0] + offset).to(dtype)
+    before = x.clone()
+    found = kmeans(x, 4, iters=5)
+    found.centroids.add_(1)
+    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
+
+
 def test_kmeans_few_points():
     x = torch.tensor([[0.0], [1.0], [5.0]])
     exact = kmeans(x, 3)
