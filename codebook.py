@@ -23,6 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -610,6 +611,7 @@ def command_cards(args) -> None:
     if not (who >= 0).any():
         raise Fault(4, f"{args.profiles} and {args.data} have no user in common")
     cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    paid, payer = rows["price"][priced], who[priced]
     lines = []
     for p, (counts, words) in enumerate(evidence_counts(data, profiles, views)):
         tokens = profiles.meta.get("tokens", {}).get(profiles.names[p], [])
@@ -619,11 +621,11 @@ def command_cards(args) -> None:
         for code, z in enumerate(distinct(counts)):
             mine = profiles.ids[:, p] == code
             top = [w for w in (-z).argsort(kind="stable")[:args.top] if z[w] > 0]
-            paid = rows["price"][priced][profiles.ids[who[priced], p] == code]
-            price = "{:.2f}–{:.2f}".format(*np.percentile(paid, [10, 90])) if len(paid) else "unknown"
-            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | "
-                         + ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top) + f" | {price} | "
-                         + cell(" ".join(tokens[code]) if code < len(tokens) else "") + " |")
+            apart = ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top)
+            price = paid[mine[payer]]
+            price = "{:.2f}–{:.2f}".format(*np.percentile(price, [10, 90])) if len(price) else "unknown"
+            near = cell(" ".join(tokens[code])) if code < len(tokens) else ""
+            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | {apart} | {price} | {near} |")
         lines.append("")
     if args.out:
         write_text(Path(args.out), "\n".join(lines))
@@ -670,19 +672,15 @@ def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> Tensor:
 def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
     """The same iterations from the same start by others -> {name: call}; scikit-learn and faiss where installed."""
     k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
-    try:
+    with suppress(ImportError):
         from sklearn.cluster import KMeans
         model = KMeans(k, init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
         calls["sklearn"] = lambda: torch.from_numpy(model.fit(x.numpy()).cluster_centers_)
-    except ImportError:
-        pass
-    try:
+    with suppress(ImportError):
         import faiss
         faiss.omp_set_num_threads(torch.get_num_threads())
         other = faiss.Kmeans(x.shape[1], k, niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
         calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy()) and torch.tensor(other.centroids)
-    except ImportError:
-        pass
     return calls
 
 

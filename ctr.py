@@ -766,7 +766,7 @@ def bench_rows(rows: int, sizes=(20_000, 10_000, 16, 8), seed: int = 0) -> tuple
 
 
 def bench_ours(x: Tensor, y: Tensor, rows: int, sizes, seed: int = 0) -> tuple[float, float]:
-    """One epoch of DeepFM over the first `rows` → seconds, AUC of the others. Batches of 1,024, Adam at 0.001."""
+    """One epoch of DeepFM over the first `rows` → seconds, AUC of the others. Batches of 1,024, Adam."""
     torch.manual_seed(seed)
     model = DeepFM(sizes, dim=8, hidden=(64, 32), dropout=0.0).to(x.device)
     adam, generator = optimiser(model, 1e-3, 1e-6), torch.Generator().manual_seed(seed)
@@ -797,7 +797,7 @@ def bench_deepctr(x: Tensor, y: Tensor, rows: int, sizes, seed: int = 0) -> tupl
 
 
 def deepctr_version() -> str | None:
-    """DeepCTR-Torch's version, None where it is not installed. On import it asks PyPI for a newer one: wait."""
+    """DeepCTR-Torch's version, None where not installed. On import it asks PyPI for a newer one: wait."""
     before = set(threading.enumerate())
     try:
         import deepctr_torch
@@ -830,8 +830,8 @@ def machine(device: torch.device) -> dict:
 def bench(args) -> None:
     """DeepFM on random rows, one epoch; the AUC is of a tenth as many further rows. The last line is JSON.
 
-    Three seeds, in turn with DeepCTR-Torch where that is installed: the best time, the mean AUC. With --grow instead
-    one run each over rows / 16, rows / 4 and rows, smallest first: the peak of memory is of the process so far.
+    Three seeds, in turn with DeepCTR-Torch where that is installed: the best time, the mean AUC. With --grow
+    instead one run each over rows / 16, rows / 4 and rows, smallest first: peak_mb is the process's so far.
     """
     sizes, device = (20_000, 10_000, 16, 8), torch.device(pick_device(args.device))
 
@@ -845,15 +845,15 @@ def bench(args) -> None:
         bench_ours(*data(2048))                              # what the first step alone takes
         for rows in (max(1, args.rows // 16), max(1, args.rows // 4), args.rows):
             seconds, score = bench_ours(*data(rows))
-            result["grow"].append({"rows": rows, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds),
-                                   "peak_mb": peak_mb(), "auc": round(score, 4)})
+            result["grow"].append({"rows": rows, "seconds": round(seconds, 3), "peak_mb": peak_mb(),
+                                   "rows_per_s": round(rows / seconds), "auc": round(score, 4)})
             print(json.dumps(result["grow"][-1]), flush=True)
     else:
         with contextlib.redirect_stdout(io.StringIO()):      # theirs prints even when silent
             version = deepctr_version()
             calls = [bench_ours, bench_deepctr][:2 if version else 1]
             case = data(args.rows)
-            runs = np.array([[call(*case, seed) for call in calls] for seed in range(3)])        # (3, calls, 2)
+            runs = np.array([[call(*case, seed) for call in calls] for seed in range(3)])     # (3, calls, 2)
         best = list(zip(runs[..., 0].min(0).tolist(), runs[..., 1].mean(0).tolist()))
         seconds, score = best[0]
         result["compared"] = "nothing: deepctr_torch is not installed"
@@ -868,8 +868,8 @@ def bench(args) -> None:
     print(json.dumps(result))
 
 
-# A row per figure: file, keys on the way to it (* = each of a list), what it is, its format, its target; {names}
-# in what it is are keys beside the figure, or further up.
+# A row per figure: file, keys on the way to it (* = each of a list), what it is, its format, its target.
+# {names} in what it is are keys beside the figure, or further up.
 BENCHES = (
     ("em.json", "of_limit", "EM: share of the machine's limit", ".2f", ""),
     ("em.json", "vs_naive", "EM: naive way / ours, seconds", ".1f", "> 1"),
@@ -878,16 +878,16 @@ BENCHES = (
     ("em.json", "peak_mb", "EM: peak memory, MB", ",.0f", ""),
     ("grow.json", "*.seconds_per_user", "EM, {users:,} users: seconds per user", ".4f", "flat"),
     ("grow.json", "*.peak_mb", "EM, {users:,} users: peak memory, MB", ",.0f", ""),
-    ("codebook.json", "kmeans.*.seconds.ours", "k-means, N = {n:,}, d = {d}, K = {k}: seconds", ".2f", ""),
-    ("codebook.json", "kmeans.*.ratio.sklearn", "k-means, N = {n:,}, d = {d}, K = {k}: sklearn / ours", ".2f", "≥ 1"),
-    ("codebook.json", "kmeans.*.ratio.faiss", "k-means, N = {n:,}, d = {d}, K = {k}: faiss / ours", ".2f", "≥ 1"),
+    ("codebook.json", "kmeans.*.seconds.ours", "k-means, {n:,} × {d}, K = {k}: seconds", ".2f", ""),
+    ("codebook.json", "kmeans.*.ratio.sklearn", "k-means, {n:,} × {d}, K = {k}: sklearn / ours", ".2f", "≥ 1"),
+    ("codebook.json", "kmeans.*.ratio.faiss", "k-means, {n:,} × {d}, K = {k}: faiss / ours", ".2f", "≥ 1"),
     ("codebook.json", "bank.bytes_per_user", "bank, {users:,} users: bytes per user", ".1f", "≤ 16"),
     ("codebook.json", "bank.mb_2m", "bank, 2 M users: MB (computed)", ",.0f", ""),
     ("codebook.json", "bank.mb_100m", "bank, 100 M users: MB (computed)", ",.0f", ""),
     ("codebook.json", "bank.open_ms", "bank, {users:,} users: ms to open", ".1f", ""),
     ("codebook.json", "bank.lookups_per_s", "bank, {users:,} users: lookups per second", ",.0f", ""),
-    ("codebook.json", "bank.vs_sqlite", "bank, {users:,} users: SQLite / ours, seconds per lookup", ".1f", "> 1"),
-    ("codebook.json", "bank.single_p99_us", "bank, {users:,} users: µs for one lookup (99 % of them)", ".1f", ""),
+    ("codebook.json", "bank.vs_sqlite", "bank, {users:,} users: SQLite / ours, s per lookup", ".1f", "> 1"),
+    ("codebook.json", "bank.single_p99_us", "bank, {users:,} users: µs for one lookup (99 %)", ".1f", ""),
     ("ctr.json", "rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", ""),
     ("ctr.json", "vs_deepctr", "DeepFM, {rows:,} rows: DeepCTR-Torch's fit / ours, seconds", ".1f", "≥ 5"),
     ("ctr.json", "auc_gain", "DeepFM, {rows:,} rows: AUC, ours − DeepCTR-Torch's", "+.4f", "≥ 0 ± 0.001"),
@@ -900,7 +900,7 @@ BENCHES = (
 
 
 def dig(value, path: list[str], around: dict) -> list[tuple]:
-    """(the figure at a path of keys or None, the keys around it), one for each of a list where the path has *."""
+    """(the figure at a path of keys or None, the keys around it): one, or one for each item of a list at *."""
     around = {**around, **value} if isinstance(value, dict) else around
     if not path:
         return [(value, around)]
@@ -982,7 +982,7 @@ def main(argv=None) -> None:
     three = commands.add_parser("bench", help="time one epoch of DeepFM on random rows", allow_abbrev=False)
     three.set_defaults(do=bench)
     three.add_argument("--rows", type=positive(int), default=1_000_000, help="rows (default: %(default)s)")
-    three.add_argument("--grow", action="store_true", help="also a 16th and a quarter of them, with peak memory")
+    three.add_argument("--grow", action="store_true", help="rows / 16, rows / 4 and rows, with peak memory")
     three.add_argument("--out", help="file for the figures, beside printing them")
     six = commands.add_parser("benches", help="one table of the benches' figures", allow_abbrev=False)
     six.set_defaults(do=benches)

@@ -1094,8 +1094,8 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     assert rows["EM: tokens per second", "em.json |"] == "12,346" and "| EM: share of the machine's limit |  |" in text
     assert rows["EM, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
     assert "| EM, 4,000 users: seconds per user |  |" in text and "| EM, 4,000 users: peak memory, MB | 100 |" in text
-    assert rows["k-means, N = 100,000, d = 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
-    assert "| k-means, N = 100,000, d = 576, K = 4: faiss / ours |  |" in text and "| data, … lines: lines per" in text
+    assert rows["k-means, 100,000 × 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
+    assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| data, … lines: lines per" in text
     assert text.endswith("\n\ncodebook.json: processor abacus; cores 4.\n")
     (tmp_path / "em.json").write_text("{")
     assert "em.json" in ctr_fault(4, "benches", tmp_path)
