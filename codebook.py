@@ -4,7 +4,7 @@
     python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
     python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
-    python codebook.py bench  [--rows N] [--users N]                 speed of k-means and of the bank
+    python codebook.py bench  [--rows N] [--users N] [--out FILE]    speed of k-means and of the bank
 
 Codes count from 0 in arrays named `ids`, and from 1 in a bank and in cards, where 0 means "unknown user".
 """
@@ -23,6 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +68,20 @@ class Clusters(NamedTuple):
 
 
 def chunk_rows(x: Tensor) -> int:
-    """Rows per chunk: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces."""
-    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
+    """Rows per chunk: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces.
+
+    At most 8,192 on a CPU, whose sums over a chunk are fp32, one row after the other.
+    """
+    width = max(1, x.shape[1])
+    return max(1, min(8192, 2**21 // width) if x.device.type == "cpu" else 2**26 // width)
+
+
+def closest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
+    """argmin_k |c_k|²/2 − x·c_k, x [n, d], c [K, d], half [K] -> ids [n]: |x|² is the same for all codes."""
+    scores = torch.addmm(half, x, c.T, alpha=-1)                       # (n, K)
+    if scores.device.type == "cpu":                                    # numpy's argmin: half the time for many codes
+        return torch.from_numpy(scores.numpy().argmin(1))
+    return scores.argmin(1)
 
 
 @torch.no_grad()
@@ -82,7 +95,7 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
     half = 0.5 * c.square().sum(1)                                     # (K,)
     for part in x.split(chunk or chunk_rows(x)):
         part = (part - shift).float()                                  # (n, d)
-        ids.append(torch.addmm(half, part, c.T, alpha=-1).argmin(1))
+        ids.append(closest(part, c, half))
         distances.append((part - c[ids[-1]]).square().sum(1))
     return torch.cat(ids), torch.cat(distances)
 
@@ -105,19 +118,28 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return x[chosen]
 
 
+def sums_by_code(rows: Tensor, codes: Tensor, k: int) -> Tensor:
+    """Σ of the rows [m, d] of each code [m] -> [k, d]. Adding rows is d operations a row, a one-hot product k · d;
+    but on a GPU only the product gives the same bits every time."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(k, rows.shape[1]).index_add_(0, codes, rows)
+    return (torch.arange(k, device=rows.device)[:, None] == codes).float() @ rows
+
+
 def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
     """One assignment of x [N, d] to c [K, d], ids [N] and sums [K, d] (fp64) updated in place: how many moved.
 
-    Only rows that moved change the sums (ours), as a signed one-hot product: soon they are few. ids start at −1,
-    no code's row. The squared norms of x are the same for all codes, so the argmin does without them.
+    Only rows that moved change the sums (ours): soon they are few. ids start at −1, no code's row.
     """
-    codes, half, moved = torch.arange(len(c), device=x.device)[:, None], 0.5 * c.square().sum(1), 0
+    half, moved = 0.5 * c.square().sum(1), 0
     for part, old in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x))):
-        new = torch.addmm(half, part, c.T, alpha=-1).argmin(1)         # (n,)
+        new = closest(part, c, half)                                   # (n,)
         who = (new != old).nonzero().flatten()                         # (m,)
         if len(who):
-            rows = part if len(who) == len(part) else part[who]
-            sums += ((codes == new[who]).float() - (codes == old[who]).float()) @ rows      # (K, m) @ (m, d)
+            rows = part if len(who) == len(part) else part.index_select(0, who)         # (m, d)
+            sums += sums_by_code(rows, new[who], len(c))
+            if old[0] >= 0:                                            # the first time nothing is to be taken back
+                sums -= sums_by_code(rows, old[who], len(c))
             old.copy_(new)
             moved += len(who)
     return moved
@@ -152,6 +174,7 @@ def lloyd(x: Tensor, c: Tensor, mean: Tensor, total: float, iters: int) -> Clust
         wide, counts = c.double(), ids.bincount(minlength=len(c))
         return max(0.0, total + float((counts * wide.square().sum(1)).sum() - 2 * (sums * wide).sum()))
 
+    moved = -1
     for _ in range(iters):
         moved = sweep(x, c, ids, sums)
         history.append(inertia())
@@ -159,8 +182,9 @@ def lloyd(x: Tensor, c: Tensor, mean: Tensor, total: float, iters: int) -> Clust
             break
         c = means(x, c, ids, sums)
     rounded = (c + mean).float()
-    c = (rounded - mean).float()
-    sweep(x, c, ids, sums)
+    last, c = c, (rounded - mean).float()
+    if moved or (c - last).abs().max() > 1e-7 * last.abs().max():      # else the last sweep was by these centroids
+        sweep(x, c, ids, sums)
     value = inertia()
     if value < 1e-3 * total:                                           # a difference of two large numbers
         value = float(assign(x, c)[1].double().sum())
@@ -174,7 +198,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
 
     Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that
     equal data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored).
-    Exactly `iters` iterations unless no row moves any more. Memory: one centred fp32 copy of x, 8 bytes a row.
+    Exactly `iters` iterations unless no row moves any more. Memory: 8 bytes a row, and a centred fp32 copy of x
+    unless x is fp32 and its mean is small beside its spread.
     The default generator is seeded with 0; the global one is never used.
     Raises Fault 2 for a bad shape, k < 1, k > N or an unfit init; Fault 4 for NaN, infinite or huge values.
     """
@@ -187,9 +212,15 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     if init is not None and init.shape != (k, x.shape[1]):
         raise Fault(2, f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    mean = x.mean(0)
-    centred = (x - mean).float()                                       # (N, d)
-    total = float(torch.linalg.vector_norm(centred, dim=1).double().square().sum())
+    square = lambda rows: float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    mean, total, centred = x.mean(0), square(x), None
+    if len(x) * float(mean.square().sum()) < 0.1 * total < 1e36:       # centred enough for fp32: no copy of x
+        mean, centred = torch.zeros_like(mean), x.float()
+    else:
+        if x.device.type == "cpu":                                     # numpy asks for huge pages, torch does not:
+            centred = torch.from_numpy(np.empty(x.shape, np.float32))  # half the time of all before the loop
+        centred = torch.sub(x, mean, out=centred).float()              # (N, d)
+        total = square(centred)
     if not total < 1e37 or init is not None and not init.isfinite().all():
         bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
         where = f"row {bad[0]} is the first of {len(bad)}" if bad else "in init, or the squares overflow"
@@ -580,6 +611,7 @@ def command_cards(args) -> None:
     if not (who >= 0).any():
         raise Fault(4, f"{args.profiles} and {args.data} have no user in common")
     cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    paid, payer = rows["price"][priced], who[priced]
     lines = []
     for p, (counts, words) in enumerate(evidence_counts(data, profiles, views)):
         tokens = profiles.meta.get("tokens", {}).get(profiles.names[p], [])
@@ -589,11 +621,11 @@ def command_cards(args) -> None:
         for code, z in enumerate(distinct(counts)):
             mine = profiles.ids[:, p] == code
             top = [w for w in (-z).argsort(kind="stable")[:args.top] if z[w] > 0]
-            paid = rows["price"][priced][profiles.ids[who[priced], p] == code]
-            price = "{:.2f}–{:.2f}".format(*np.percentile(paid, [10, 90])) if len(paid) else "unknown"
-            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | "
-                         + ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top) + f" | {price} | "
-                         + cell(" ".join(tokens[code]) if code < len(tokens) else "") + " |")
+            apart = ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top)
+            price = paid[mine[payer]]
+            price = "{:.2f}–{:.2f}".format(*np.percentile(price, [10, 90])) if len(price) else "unknown"
+            near = cell(" ".join(tokens[code])) if code < len(tokens) else ""
+            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | {apart} | {price} | {near} |")
         lines.append("")
     if args.out:
         write_text(Path(args.out), "\n".join(lines))
@@ -629,28 +661,26 @@ def command_score(args) -> None:
 
 # ---------------------------------------------------------------------------------------------------- bench
 
-def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> None:
+def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> Tensor:
     """The obvious loop, for comparison: all distances at once, sums by index_add_."""
     for _ in range(iters):
         ids = torch.cdist(x, c).argmin(1)
         c = torch.zeros_like(c).index_add_(0, ids, x) / ids.bincount(minlength=len(c))[:, None]
+    return c
 
 
 def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
-    """The same iterations from the same start by others: scikit-learn and faiss only where installed."""
+    """The same iterations from the same start by others -> {name: call}; scikit-learn and faiss where installed."""
     k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
-    try:
+    with suppress(ImportError):
         from sklearn.cluster import KMeans
         model = KMeans(k, init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
-        calls["sklearn"] = lambda: model.fit(x.numpy())
-    except ImportError:
-        pass
-    try:
+        calls["sklearn"] = lambda: torch.from_numpy(model.fit(x.numpy()).cluster_centers_)
+    with suppress(ImportError):
         import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
         other = faiss.Kmeans(x.shape[1], k, niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
-        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy())
-    except ImportError:
-        pass
+        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy()) and torch.tensor(other.centroids)
     return calls
 
 
@@ -661,53 +691,73 @@ def seconds(call) -> float:
 
 
 def bench_kmeans(n: int, d: int, k: int, iters: int = 10, rounds: int = 5) -> dict:
-    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster)."""
+    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster).
+
+    Equal start, equal iterations; inertia, of the centroids each returns, shows that the answers are equal too.
+    """
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(k))
-    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters), **rivals(x, x[:k].clone(), iters)}
-    best = {name: min(times) for name, times in
-            zip(calls, zip(*([seconds(call) for call in calls.values()] for _ in range(rounds))))}
+    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters).centroids, **rivals(x, x[:k].clone(), iters)}
+    inertia = {name: float(assign(x, call())[1].double().sum()) for name, call in calls.items()}      # a warm-up, too
+    runs = [[seconds(call) for call in calls.values()] for _ in range(rounds)]
+    best = dict(zip(calls, map(min, zip(*runs))))
     ratio = {name: value / best["ours"] for name, value in best.items() if name != "ours"}
-    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio}
+    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio, "inertia": inertia}
 
 
 def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
-    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time."""
+    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time.
+
+    mb_2m, mb_100m: what so many users take, computed from the bytes a user of this bank. Readers add nothing: the
+    files are memory maps (np.memmap), so however many processes read, the pages are in memory once.
+    """
     rng = np.random.default_rng(0)
     users = np.char.add("u", rng.permutation(n).astype(str))
     codes = rng.integers(1, 5, (n, 2))
     build = seconds(lambda: Bank.build(folder / "bank", users, codes))
     opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
-    bank = Bank.open(folder / "bank")
-    batches = [users[rng.integers(0, n, batch)] for _ in range(50)]
-    each = float(np.median([seconds(lambda: bank.lookup(some)) for some in batches])) / batch
+    bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
+    median = lambda look, groups: float(np.median([seconds(lambda: look(some)) for some in groups])) / batch
+    each = median(bank.lookup, batches)
     single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
     with sqlite3.connect(folder / "bank.sqlite") as db:
         db.execute("CREATE TABLE bank (user TEXT PRIMARY KEY, a INT, b INT) WITHOUT ROWID")
-        order = users.argsort()
-        db.executemany("INSERT INTO bank VALUES (?, ?, ?)",
-                       ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in order))
-        db.commit()
+        rows = ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in users.argsort())
+        db.executemany("INSERT INTO bank VALUES (?, ?, ?)", rows)
         sql = "SELECT a, b FROM bank WHERE user = ?"
-        query = lambda some: [db.execute(sql, (user,)).fetchone() for user in some]
-        lite = float(np.median([seconds(lambda: query(some)) for some in map(np.ndarray.tolist, batches)])) / batch
-    size = sum(file.stat().st_size for file in (folder / "bank").iterdir())
-    return {"users": n, "build_s": build, "bytes_per_user": size / n, "open_ms": 1e3 * opened,
-            "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
+        lite = median(lambda some: [db.execute(sql, (user,)).fetchone() for user in some],
+                      map(np.ndarray.tolist, batches))
+    size = sum(file.stat().st_size for file in (folder / "bank").iterdir()) / n
+    return {"users": n, "build_s": build, "bytes_per_user": size, "mb_2m": 2 * size, "mb_100m": 100 * size,
+            "computed": ["mb_2m", "mb_100m"], "readers": "memory maps: all processes share one page cache",
+            "open_ms": 1e3 * opened, "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
             "single_p99_us": 1e6 * float(np.quantile(single, 0.99))}
 
 
+def machine() -> dict:
+    """What figures were measured on."""
+    try:
+        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(":")[1].strip()
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return {"processor": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "numpy": np.__version__}
+
+
 def command_bench(args) -> None:
-    """Prints figures as they come; the last line is all of them as JSON."""
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "numpy": np.__version__}
-    result = {"machine": machine, "kmeans": []}
+    """Speed of k-means and of the bank: figures as they come; the last line is all of them as JSON."""
+    result = {"machine": machine(), "kmeans": []}
     for n, d in ((args.rows, 576), (args.rows // 5, 4096)):
         for k in (4, 32):
             result["kmeans"].append(bench_kmeans(n, d, k))
             print(json.dumps(result["kmeans"][-1]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         result["bank"] = bench_bank(args.users, Path(folder))
-    print(json.dumps(result["bank"]))
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("sklearn", "faiss")}
+    result["compared"] = {"plain": "torch.cdist and index_add_", "sqlite": sqlite3.sqlite_version,
+                          **{name: version or "not installed" for name, version in versions.items()}}
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.out), as_json(result))
     print(json.dumps(result))
 
 
@@ -735,7 +785,8 @@ def main(argv: list[str] | None = None) -> None:
             ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
     command("bench", command_bench,
             ("--rows", {"type": int, "default": 100_000, "help": "rows for k-means (default: 100000)"}),
-            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}))
+            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),
+            ("--out", {"metavar": "FILE", "help": "JSON file for the figures, beside printing them"}))
     args = parser.parse_args(argv)
     args.run(args)
 

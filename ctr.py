@@ -4,7 +4,8 @@
     python ctr.py table DIR… --out FILE.md --summary FILE.json          Markdown tables from the runs' JSON
     python ctr.py compare DIR… --out FILE.md                            planted shops side by side
     python ctr.py include README.md                                     put such files into a README
-    python ctr.py bench --rows 1000000                                  training rows per second of DeepFM
+    python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
+    python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
 
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
 
@@ -21,6 +22,7 @@ Use it alone: `from ctr import DeepFM, fit, auc`; the models take field sizes an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import inspect
 import io
@@ -32,6 +34,7 @@ import platform
 import re
 import shlex
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -43,6 +46,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import resource                                          # not on Windows
+except ImportError:
+    resource = None
 
 BANK_VERSION = 1
 FEATURES = ("none", "random", "shuffled", "stats", "userip")
@@ -144,9 +152,10 @@ class FM(nn.Module):
     def gather(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """→ the FM's logits [B], by Σ_{i<j} ⟨v_i, v_j⟩ = ½ (|Σ v|² − Σ |v|²), and the factors v [B, F, d]."""
         rows = self.fields(x)                                                    # (B, F, 1 + d)
-        w, v = rows[..., 0], rows[..., 1:].contiguous()
+        w, v = rows.split([1, rows.shape[2] - 1], 2)                             # slices' backward would add
+        v = v.contiguous()
         pairs = v.sum(1).square().sum(1) - v.square().sum((1, 2))
-        return self.bias + w.sum(1) + pairs / 2, v
+        return self.bias + w.sum((1, 2)) + pairs / 2, v
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gather(x)[0]
@@ -442,8 +451,10 @@ def train_epoch(model: nn.Module, adam, x: Tensor, y: Tensor, batch: int, genera
     """One pass in a fresh random order. x [R, F], y float [R]: one gather an epoch, batches are slices."""
     model.train()
     order = torch.randperm(len(y), generator=generator).to(y.device)
+    weights = list(model.parameters())
     for rows, labels in zip(x[order].split(batch), y[order].split(batch)):
-        adam.zero_grad()
+        for weight in weights:                               # as adam.zero_grad(), in a twentieth of its time
+            weight.grad = None
         F.binary_cross_entropy_with_logits(model(rows), labels).backward()
         adam.step()
 
@@ -754,22 +765,173 @@ def bench_rows(rows: int, sizes=(20_000, 10_000, 16, 8), seed: int = 0) -> tuple
     return torch.from_numpy(x.astype(np.int32)), torch.from_numpy(y.astype(np.float32))
 
 
-def bench(args) -> None:
-    """One epoch of DeepFM over --rows rows; the AUC is of a tenth as many further rows."""
-    sizes, device = (20_000, 10_000, 16, 8), torch.device(pick_device(args.device))
-    x, y = (values.to(device) for values in bench_rows(args.rows + max(1000, args.rows // 10), sizes))
-    torch.manual_seed(0)
-    model = DeepFM(sizes, dim=8, hidden=(64, 32), dropout=0.0).to(device)
-    adam, generator = optimiser(model, 1e-3, 1e-6), torch.Generator().manual_seed(0)
+def bench_ours(x: Tensor, y: Tensor, rows: int, sizes, seed: int = 0) -> tuple[float, float]:
+    """One epoch of DeepFM over the first `rows` → seconds, AUC of the others. Batches of 1,024, Adam."""
+    torch.manual_seed(seed)
+    model = DeepFM(sizes, dim=8, hidden=(64, 32), dropout=0.0).to(x.device)
+    adam, generator = optimiser(model, 1e-3, 1e-6), torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    train_epoch(model, adam, x[:args.rows], y[:args.rows], 1024, generator)
+    train_epoch(model, adam, x[:rows], y[:rows], 1024, generator)
     model.bias.item()                                        # a GPU may still be at work: wait for it
     seconds = time.perf_counter() - start
-    machine = {"device": str(device), "processor": platform.processor() or platform.machine(),
-               "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    score = auc(y[args.rows:].cpu(), predict(model, x[args.rows:]))
-    print(json.dumps({"rows": args.rows, "seconds": round(seconds, 3), "auc": round(score, 4),
-                      "rows_per_s": round(args.rows / seconds), "machine": machine}))
+    return seconds, auc(y[rows:].cpu(), predict(model, x[rows:]))
+
+
+def bench_deepctr(x: Tensor, y: Tensor, rows: int, sizes, seed: int = 0) -> tuple[float, float]:
+    """The same by DeepCTR-Torch's fit, silent and without metrics, which is how it is fastest.
+
+    It adds the losses of a batch where we take their mean, and l2 · w² where Adam takes l2 / 2: hence its l2.
+    """
+    from deepctr_torch.inputs import SparseFeat
+    from deepctr_torch.models import DeepFM as Theirs
+    columns, l2 = [SparseFeat(f"f{f}", size, 8) for f, size in enumerate(sizes)], 1e-6 * 1024 / 2
+    model = Theirs(columns, columns, dnn_hidden_units=(64, 32), l2_reg_linear=l2, l2_reg_embedding=l2,
+                   seed=seed, device=str(x.device))
+    model.compile(torch.optim.Adam(model.parameters(), lr=1e-3), "binary_crossentropy")
+    train, test = ({f"f{f}": column for f, column in enumerate(part.T.cpu().numpy())}
+                   for part in (x[:rows], x[rows:]))
+    labels, start = y[:rows].cpu().numpy(), time.perf_counter()
+    model.fit(train, labels, batch_size=1024, epochs=1, verbose=0)
+    seconds = time.perf_counter() - start
+    return seconds, auc(y[rows:].cpu(), model.predict(test, 65536)[:, 0])
+
+
+def deepctr_version() -> str | None:
+    """DeepCTR-Torch's version, None where not installed. On import it asks PyPI for a newer one: wait."""
+    before = set(threading.enumerate())
+    try:
+        import deepctr_torch
+    except ImportError:
+        return None
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    return deepctr_torch.__version__
+
+
+def peak_mb() -> float | None:
+    """The most memory this process has had so far, in MiB."""
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+
+
+def machine(device: torch.device) -> dict:
+    """What figures were measured on."""
+    try:
+        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        cpu = platform.processor() or platform.machine()
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"device": str(device), **gpu, "processor": cpu, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def bench(args) -> None:
+    """DeepFM on random rows, one epoch; the AUC is of a tenth as many further rows. The last line is JSON.
+
+    Three seeds, in turn with DeepCTR-Torch where that is installed: the best time, the mean AUC. With --grow
+    instead one run each over rows / 16, rows / 4 and rows, smallest first: peak_mb is the process's so far.
+    """
+    sizes, device = (20_000, 10_000, 16, 8), torch.device(pick_device(args.device))
+
+    def data(rows: int) -> tuple:
+        x, y = bench_rows(rows + max(1000, rows // 10), sizes)
+        return x.to(device), y.to(device), rows, sizes
+
+    result = {"rows": args.rows, "machine": machine(device)}
+    if args.grow:
+        result["grow"] = []
+        bench_ours(*data(2048))                              # what the first step alone takes
+        for rows in (max(1, args.rows // 16), max(1, args.rows // 4), args.rows):
+            seconds, score = bench_ours(*data(rows))
+            result["grow"].append({"rows": rows, "seconds": round(seconds, 3), "peak_mb": peak_mb(),
+                                   "rows_per_s": round(rows / seconds), "auc": round(score, 4)})
+            print(json.dumps(result["grow"][-1]), flush=True)
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):      # theirs prints even when silent
+            version = deepctr_version()
+            calls = [bench_ours, bench_deepctr][:2 if version else 1]
+            case = data(args.rows)
+            runs = np.array([[call(*case, seed) for call in calls] for seed in range(3)])     # (3, calls, 2)
+        best = list(zip(runs[..., 0].min(0).tolist(), runs[..., 1].mean(0).tolist()))
+        seconds, score = best[0]
+        result["compared"] = "nothing: deepctr_torch is not installed"
+        if version:
+            result["compared"] = f"fit of deepctr_torch {version}, same sizes and settings, in turn"
+            result["deepctr"] = {"seconds": round(best[1][0], 3), "rows_per_s": round(args.rows / best[1][0]),
+                                 "auc": round(best[1][1], 4)}
+            result.update(vs_deepctr=best[1][0] / seconds, auc_gain=score - best[1][1])
+    result.update(seconds=round(seconds, 3), auc=round(score, 4), rows_per_s=round(args.rows / seconds))
+    if args.out:
+        publish(Path(args.out), dump(result))
+    print(json.dumps(result))
+
+
+# A row per figure: file, keys on the way to it (* = each of a list), what it is, its format, its target.
+# {names} in what it is are keys beside the figure, or further up.
+BENCHES = (
+    ("em.json", "of_limit", "EM: share of the machine's limit", ".2f", ""),
+    ("em.json", "vs_naive", "EM: naive way / ours, seconds", ".1f", "> 1"),
+    ("em.json", "vs_naive_same_dtype", "EM: naive way / ours, seconds, same dtype", ".1f", "> 1"),
+    ("em.json", "tokens_per_s", "EM: tokens per second", ",.0f", ""),
+    ("em.json", "peak_mb", "EM: peak memory, MB", ",.0f", ""),
+    ("grow.json", "*.seconds_per_user", "EM, {users:,} users: seconds per user", ".4f", "flat"),
+    ("grow.json", "*.peak_mb", "EM, {users:,} users: peak memory, MB", ",.0f", ""),
+    ("codebook.json", "kmeans.*.seconds.ours", "k-means, {n:,} × {d}, K = {k}: seconds", ".2f", ""),
+    ("codebook.json", "kmeans.*.ratio.sklearn", "k-means, {n:,} × {d}, K = {k}: sklearn / ours", ".2f", "≥ 1"),
+    ("codebook.json", "kmeans.*.ratio.faiss", "k-means, {n:,} × {d}, K = {k}: faiss / ours", ".2f", "≥ 1"),
+    ("codebook.json", "bank.bytes_per_user", "bank, {users:,} users: bytes per user", ".1f", "≤ 16"),
+    ("codebook.json", "bank.mb_2m", "bank, 2 M users: MB (computed)", ",.0f", ""),
+    ("codebook.json", "bank.mb_100m", "bank, 100 M users: MB (computed)", ",.0f", ""),
+    ("codebook.json", "bank.open_ms", "bank, {users:,} users: ms to open", ".1f", ""),
+    ("codebook.json", "bank.lookups_per_s", "bank, {users:,} users: lookups per second", ",.0f", ""),
+    ("codebook.json", "bank.vs_sqlite", "bank, {users:,} users: SQLite / ours, s per lookup", ".1f", "> 1"),
+    ("codebook.json", "bank.single_p99_us", "bank, {users:,} users: µs for one lookup (99 %)", ".1f", ""),
+    ("ctr.json", "rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", ""),
+    ("ctr.json", "vs_deepctr", "DeepFM, {rows:,} rows: DeepCTR-Torch's fit / ours, seconds", ".1f", "≥ 5"),
+    ("ctr.json", "auc_gain", "DeepFM, {rows:,} rows: AUC, ours − DeepCTR-Torch's", "+.4f", "≥ 0 ± 0.001"),
+    ("ctr_grow.json", "grow.*.rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", "flat"),
+    ("ctr_grow.json", "grow.*.peak_mb", "DeepFM, {rows:,} rows: peak memory, MB", ",.0f", ""),
+    ("data.json", "lines_per_s", "data, {lines:,} lines: lines per second", ",.0f", ""),
+    ("data.json", "of_json_loads", "data, {lines:,} lines: share of json.loads' speed", ".2f", ""),
+    ("data.json", "peak_mb", "data, {lines:,} lines: peak memory, MB", ",.0f", ""),
+)
+
+
+def dig(value, path: list[str], around: dict) -> list[tuple]:
+    """(the figure at a path of keys or None, the keys around it): one, or one for each item of a list at *."""
+    around = {**around, **value} if isinstance(value, dict) else around
+    if not path:
+        return [(value, around)]
+    if path[0] == "*":
+        return [one for item in (value if isinstance(value, list) else [None]) or [None]
+                for one in dig(item, path[1:], around)]
+    return dig(value.get(path[0]) if isinstance(value, dict) else None, path[1:], around)
+
+
+def benches(args) -> None:
+    """One table of the figures in a folder of bench results; what is missing is blank."""
+    found, rows, places = {}, [], {}
+    for name in dict.fromkeys(row[0] for row in BENCHES):
+        try:
+            found[name] = json.loads((Path(args.folder) / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found[name] = None
+        except (OSError, ValueError) as error:
+            raise Fault(4, f"{Path(args.folder) / name} is damaged or no JSON: {error}") from None
+        about = found[name].get("machine") if isinstance(found[name], dict) else None
+        if isinstance(about, dict):
+            keys = [key for key in ("gpu", "processor", "cores", "threads", "torch") if key in about]
+            places.setdefault("; ".join(f"{key} {about[key]}" for key in keys), []).append(name)
+    number = lambda value, form: format(value, form) if type(value) in (int, float) else ""
+    for name, path, what, form, target in BENCHES:
+        for value, near in dig(found[name], path.split("."), {}):
+            label = re.sub(r"{(\w+):?(.*?)}", lambda match: number(near.get(match[1]), match[2]) or "…", what)
+            rows.append([label, number(value, form), target, name])
+    text = markdown(["what", "figure", "target", "file"], rows) + "\n"
+    text += "".join(f"\n{', '.join(names)}: {place}.\n" for place, names in places.items())
+    publish(Path(args.out), text) if args.out else print(text, end="")
 
 
 # ------------------------------------------------------------------------------------------------------ CLI
@@ -820,6 +982,12 @@ def main(argv=None) -> None:
     three = commands.add_parser("bench", help="time one epoch of DeepFM on random rows", allow_abbrev=False)
     three.set_defaults(do=bench)
     three.add_argument("--rows", type=positive(int), default=1_000_000, help="rows (default: %(default)s)")
+    three.add_argument("--grow", action="store_true", help="rows / 16, rows / 4 and rows, with peak memory")
+    three.add_argument("--out", help="file for the figures, beside printing them")
+    six = commands.add_parser("benches", help="one table of the benches' figures", allow_abbrev=False)
+    six.set_defaults(do=benches)
+    six.add_argument("folder", metavar="DIR", help="folder of em.json, codebook.json, ctr.json, …")
+    six.add_argument("--out", help="file for the table (default: print it)")
     for command in (one, three):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)

@@ -397,6 +397,19 @@ def test_kmeans_equals_naive_loop(offset, monkeypatch):
         assert found.inertia == pytest.approx(float(nearest.values.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 99, 100, 101, 200, 1000])        # 200 rows: ends on, before and after an edge
+def test_kmeans_many_codes_equal_naive_loop_at_any_chunk(chunk, monkeypatch):
+    monkeypatch.setattr(codebook, "chunk_rows", lambda x: chunk)
+    x, _ = blobs(n=200, d=9, k=40, spread=1.0)
+    for iters in (1, 3):
+        c, history = naive_lloyd(x, x[:32], iters)
+        found = kmeans(x, 32, n_init=1, iters=iters, init=x[:32])
+        assert len(found.history) == iters and found.history == pytest.approx(history, rel=1e-4)
+        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
+        value, ids = torch.cdist(x.double(), found.centroids.double()).square().min(1)
+        assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(value.sum()), rel=1e-5)
+
+
 def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
     for seed in range(5):
@@ -407,6 +420,16 @@ def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
     assert inertia == sorted(inertia, reverse=True)
     one = float((x - x.mean(0)).square().sum())
     assert inertia[0] == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])                       # without and with a centred copy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kmeans_leaves_its_input_alone(offset, dtype):
+    x = (blobs()[0] + offset).to(dtype)
+    before = x.clone()
+    found = kmeans(x, 4, iters=5)
+    found.centroids.add_(1)
+    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
 
 
 def test_kmeans_few_points():
@@ -702,6 +725,19 @@ def test_bank_commands(tmp_path):
     np.savez(profiles / "profiles.npz", users=np.array(["a"]), ids=np.zeros((1, 1), int))
     missing = call("bank", "--profiles", profiles, "--out", bank)
     assert missing.returncode == 4 and "profiles.npz has no 'names'" in missing.stderr
+
+
+def test_bench_of_codebook_ends_in_json_and_all_answers_are_equal(tmp_path, capsys):
+    codebook.main(["bench", "--rows", "400", "--users", "300", "--out", str(tmp_path / "new" / "codebook.json")])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "new" / "codebook.json").read_text())
+    assert [(one["n"], one["d"], one["k"]) for one in last["kmeans"]] == [
+        (400, 576, 4), (400, 576, 32), (80, 4096, 4), (80, 4096, 32)]
+    for one in last["kmeans"]:
+        assert set(one["seconds"]) == set(one["inertia"]) == {"ours", *one["ratio"]}
+        assert list(one["inertia"].values()) == pytest.approx([one["inertia"]["plain"]] * len(one["inertia"]), rel=1e-3)
+    assert last["bank"]["mb_100m"] == pytest.approx(100 * last["bank"]["bytes_per_user"])
+    assert last["machine"]["cores"] > 0 and {"plain", "sklearn", "faiss", "sqlite"} == set(last["compared"])
 
 
 # ---------------------------------------------------------------------------------------------- ctr.py
@@ -1031,9 +1067,38 @@ def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(
     one = json.loads((out / "lr_none_0.json").read_text())
     assert one["config"]["drop"] == ["user", "item"] and sizes == [[5], [5, 5, 4, 5]]
     assert scored == [160, 160, 240] * 2
-    ctr.main(["bench", "--rows", "3000", "--device", "cpu"])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["rows_per_s"] > 0 and 0 < last["auc"] < 1 and last["machine"]["cores"] > 0
+    for words in ([], ["--grow"]):
+        ctr.main(["bench", "--rows", "3200", "--device", "cpu", "--out", str(tmp_path / "bench.json"), *words])
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["rows_per_s"] > 0 and 0 < last["auc"] < 1 and last["machine"]["cores"] > 0
+        assert last == json.loads((tmp_path / "bench.json").read_text()) and ("compared" in last) == (not words)
+    assert [one["rows"] for one in last["grow"]] == [200, 800, 3200]
+    assert last["grow"][0]["peak_mb"] <= last["grow"][2]["peak_mb"] and last["grow"][1]["rows_per_s"] > 0
+
+
+def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, capsys):
+    ctr.main(["benches", str(tmp_path)])                                 # nothing measured: every figure is blank
+    empty = [line.split(" | ")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(empty) > 20 and not any(empty)
+    for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6},
+                        "grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}],
+                        "codebook": {"machine": {"processor": "abacus", "cores": 4},
+                                     "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}]},
+                        "data": ["not what is expected"]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    ctr.main(["benches", str(tmp_path), "--out", str(tmp_path / "table.md")])
+    text = (tmp_path / "table.md").read_text()
+    rows = {tuple(line[2:].split(" | ")[i] for i in (0, 3)): line.split(" | ")[1] for line in text.splitlines()
+            if line.startswith("| ")}
+    assert rows["EM: naive way / ours, seconds", "em.json |"] == "12.3"
+    assert rows["EM: tokens per second", "em.json |"] == "12,346" and "| EM: share of the machine's limit |  |" in text
+    assert rows["EM, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
+    assert "| EM, 4,000 users: seconds per user |  |" in text and "| EM, 4,000 users: peak memory, MB | 100 |" in text
+    assert rows["k-means, 100,000 × 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
+    assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| data, … lines: lines per" in text
+    assert text.endswith("\n\ncodebook.json: processor abacus; cores 4.\n")
+    (tmp_path / "em.json").write_text("{")
+    assert "em.json" in ctr_fault(4, "benches", tmp_path)
 
 
 def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
