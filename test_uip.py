@@ -699,6 +699,24 @@ def test_cards_and_score(tmp_path):
     assert score["perplexity"] == {"hobby": pytest.approx(2), "background": pytest.approx(2)}
 
 
+def test_bank_of_fit_and_infer_takes_the_last_word_on_a_user(tmp_path):
+    profiles, data_folder = tiny_folders(tmp_path)
+    found = dict(np.load(profiles / "profiles.npz"))
+    again = shutil.copytree(profiles, tmp_path / "again")
+    found["users"] = np.append(found["users"][:1], ["newcomer"])
+    found["ids"] = (found["ids"][:2] + 1) % np.array([len(found["mu_0"]), len(found["mu_1"])])
+    np.savez(again / "profiles.npz", **{key: found[key] for key in found if key not in ("theta", "nll", "empty")})
+    assert call("bank", "--profiles", profiles, again, "--out", tmp_path / "both").returncode == 0
+    old, bank = np.load(profiles / "profiles.npz"), codebook.Bank.open(tmp_path / "both")
+    assert bank.lookup(["newcomer", str(old["users"][0])]).tolist() == (found["ids"][[1, 0]] + 1).tolist()
+    assert bank.lookup(old["users"][1:]).tolist() == (old["ids"][1:] + 1).tolist()
+    found["mu_0"] = found["mu_0"] + 1
+    np.savez(again / "profiles.npz", **found)
+    with pytest.raises(codebook.Fault) as fault:
+        codebook.main(["bank", "--profiles", str(profiles), str(again), "--out", str(tmp_path / "mixed")])
+    assert fault.value.code == 4
+
+
 def test_cards_log_odds_by_hand():
     counts = np.array([[8.0, 2.0], [1.0, 9.0]])
     # prior: 2 words × share = (.9, 1.1). Word 0 of group 0: ln(8.9 / 3.1) − ln(1.9 / 10.1), variance 1/8.9 + 1/1.9
@@ -972,6 +990,26 @@ def test_ctr_stats_are_the_plain_statistics_of_training_rows(tmp_path):
     assert sizes == [4, 3, 4] and [set(column) for column in codes.T] == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2, 3, 4}]
 
 
+def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users_codes(tmp_path):
+    """Users 30–39 are new, 2 rows known: everyone is described by two rows, and later rows change nothing."""
+    def new(arrays, later=0):
+        place = np.tile(np.arange(30), 40)
+        arrays["split"] = np.where(arrays["user"] < 30, 0, np.where(place < 2, 3, 2)).astype(np.int8)
+        arrays["split"][-20:] = 1
+        arrays["rating"] = np.where(place < 2, arrays["rating"], arrays["rating"] + later).astype(np.float32)
+    plain = ctr.read_data(ctr_data(tmp_path / "a", change=new))
+    active, (taste, _, habits) = ctr.statistics(plain)
+    two, mean = plain.rating.reshape(40, 30)[:, :2], plain.rating.reshape(40, 30)[:, :2].mean()
+    assert active.all() and np.allclose(habits[:, 0], (two - mean).sum(1) / 5) and np.allclose(taste.sum(1), 1)
+    later = ctr.read_data(ctr_data(tmp_path / "b", change=lambda arrays: new(arrays, 1)))
+    codes, sizes = ctr.stats_codes(plain, [4, 3])
+    assert (codes == ctr.stats_codes(later, [4, 3])[0]).all()
+    for user in range(30, 40):                                           # one who looks like a warm user is coded alike
+        twins = np.flatnonzero((habits[:30] == habits[user]).all(1))
+        assert not len(twins) or codes[user, 2] in codes[twins, 2]
+    assert len(sizes) == 3 and (codes >= 1).all() and (codes <= sizes).all()
+
+
 def test_ctr_kmeans_finds_groups_and_survives_equal_points():
     x = np.repeat(np.eye(3), 20, 0) * 9 + np.random.default_rng(0).normal(0, 0.1, (60, 3))
     assert [len(set(ctr.kmeans(x, 3)[g:g + 20])) for g in (0, 20, 40)] == [1, 1, 1] and len(set(ctr.kmeans(x, 3))) == 3
@@ -1229,11 +1267,12 @@ def test_data_vocabulary_and_core_come_from_train_rows():
     ready = data.prepare(made, data.LAYOUTS["planted"], k_user=2, k_item=2, parts=parts)
     x = dict(zip([(u, i) for u, i, _ in rows], ready.arrays["x"].tolist()))
     assert ready.arrays["users"].tolist() == ["a", "b"]                # z has no row with a known item
-    assert ready.sizes == [3, 3, 4, 1, 4]                              # p, q; cp, cq, conce; no brand
+    assert ready.fields == ["user", "item", "category", "price"]       # no brand is known: no such field
+    assert ready.sizes == [3, 3, 4, 4]                                 # p, q; cp, cq, conce
     assert [x["a", i][1:3] for i in ("p", "q", "once", "new")] == [[1, 2], [2, 3], [0, 1], [0, 0]]
-    assert x["a", "once"][3:] == [0, 0] and np.isnan(ready.arrays["price"]).sum() == 1
-    assert ready.evidence[0] == {"title": ["p", "q", "once"], "category": ["cp", "cq", "conce"],
-                                 "price": ["cheap, $1", "expensive, $5"]}
+    assert x["a", "once"][3:] == [0] and np.isnan(ready.arrays["price"]).sum() == 1
+    assert ready.evidence["a"] == {"title": ["p", "q", "once"], "category": ["cp", "cq", "conce"],
+                                   "price": ["cheap, $1", "expensive, $5"]}
     with pytest.raises(data.Fault) as fault:
         data.prepare(made, data.LAYOUTS["planted"], k_user=9, parts=parts)
     assert fault.value.code == 4
@@ -1280,7 +1319,7 @@ def test_data_evidence_is_a_capped_sample_of_ones_own_training_rows():
     layout = data.LAYOUTS["planted"]
     ready = data.prepare(rows, layout, evidence=5, parts=parts)
     users = ready.arrays["users"].tolist()
-    for user, texts in zip(users, ready.evidence):
+    for user, texts in ready.evidence.items():
         own = [rows.items[i] for i in rows.item[(rows.user == user) & (parts == 0)]]
         assert all(len(values) == min(5, len(own)) for values in texts.values())
         assert set(texts["title"]) <= {item["title"] for item in own}
@@ -1288,10 +1327,67 @@ def test_data_evidence_is_a_capped_sample_of_ones_own_training_rows():
     order = np.random.default_rng(0).permutation(np.flatnonzero(some))
     fewer = rows._replace(**{c: getattr(rows, c)[order] for c in ("user", "item", "rating", "time")})
     again = data.prepare(fewer, layout, k_item=1, evidence=5, parts=parts[order])
-    assert [e["title"] for e in again.evidence] == [e["title"] for e in ready.evidence[:20]]
+    assert again.evidence == {user: again.evidence[user] for user in users[:20]}
+    assert all(again.evidence[user]["title"] == ready.evidence[user]["title"] for user in users[:20])
     other = data.prepare(rows, layout, evidence=5, parts=parts, seed=1)
     assert other.evidence != ready.evidence and (other.arrays["x"] == ready.arrays["x"]).all()
-    assert sum(map(len, data.prepare(rows, layout, evidence=0).evidence[0].values())) == 0
+    assert sum(map(len, data.prepare(rows, layout, evidence=0).evidence[users[0]].values())) == 0
+
+
+def test_data_verdicts_and_kinds_by_rows_by_hand():
+    """Item a has 5, 5, 5, 1 and b 1, 1 in training: mean 3; a's gap is (2+2+2−2)/9 = .444, b's −4/7 = −.571."""
+    verdicts = data.Verdicts(np.array(list("aaaabb")), np.array([5, 5, 5, 1, 1, 1], float))
+    told = [verdicts.text("a", 5), verdicts.text("a", 4), verdicts.text("a", 3), verdicts.text("b", 1), verdicts.text("x", 3)]
+    assert told == ["much better", "better", "worse", "much worse", "about the same"]
+    layout = {"kinds": {"likes": {"from": "tags", "rows": "liked"}, "dislikes": {"from": "tags", "rows": "disliked"},
+                        "title": {"most": 1}, "verdict": {}}}
+    about = [{"tags": ["x", "y"], "title": "A"}, {"tags": ["z"], "title": None}, {"tags": [], "title": "C"}]
+    rows = data.Rows(np.array(list("uuv")), np.array(list("abc")), np.array([4.0, 3.0, 5.0]), np.array([1, 2, 3]), about)
+    texts = data.tell(layout, rows, np.array([True, True, False]), 2, verdict=lambda r: f"verdict {r}")
+    assert texts == {"u": {"likes": ["x", "y"], "dislikes": ["z"], "title": ["A"], "verdict": ["verdict 0", "verdict 1"]}}
+
+
+def test_data_newcomers_are_split_by_user_and_their_later_rows_leak_nowhere(tmp_path):
+    shop = data.planted(seed=3, users=60)
+    parts, rank = data.newcomers(shop, seed=0)
+    kinds = [set(parts[shop.user == user]) for user in np.unique(shop.user)]
+    assert all(kind == {0} or kind <= {1, 3} or kind <= {2, 3} for kind in kinds)
+    assert sum(2 in kind for kind in kinds) <= 12 and sum(kind == {0} for kind in kinds) == 42
+    assert ((parts == 3) == (rank < 8))[parts > 0].all()
+    fit = {"k_user": 1, "k_item": 1, "evidence": 8, "seed": 0}
+    later = np.isin(parts, (1, 2))
+    edited = shop._replace(rating=np.where(later, 6 - shop.rating, shop.rating))
+    for name, rows in (("a", shop), ("b", edited)):
+        data.save_newcomers(tmp_path / name, "shop", rows, data.LAYOUTS["planted"], fit, fit)
+    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+               for path in ("new/evidence.jsonl", "new/n1/evidence.jsonl", "new/n8/evidence.jsonl"))
+    told = {n: [json.loads(line) for line in open(tmp_path / "a" / f"new/n{n}/evidence.jsonl")] for n in (1, 8)}
+    assert all(len(line["evidence"]["title"]) == 1 for line in told[1]) and len(told[8]) == 18
+    arrays = np.load(tmp_path / "a" / "new" / "n2" / "interactions.npz")
+    new = np.isin(arrays["split"], (1, 2, 3, 4))
+    assert (arrays["x"][new, 0] == 0).all() and (arrays["x"][~new, 0] > 0).all()   # nobody knows a newcomer's id
+    assert np.bincount(arrays["user"][arrays["split"] == 3]).max() == 2
+
+
+def test_data_ml_100k_readers_agree_and_refuse_another_file(tmp_path, monkeypatch):
+    """GroupLens's zip and the wheel tell the same films; what is not the data set ends in a sentence."""
+    (tmp_path / "wheel").mkdir()
+    with zipfile.ZipFile(tmp_path / "ml-100k.zip", "w") as files:
+        files.writestr("ml-100k/u.data", "1\t2\t3\t881250949\n")
+        files.writestr("ml-100k/u.item", "2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n")
+        files.writestr("ml-100k/u.genre", "unknown|0\nAction|1\nDrama|2\nSci-Fi|3\n\n")
+        files.writestr("ml-100k/u.user", "1|24|M|technician|85711\n")
+    with zipfile.ZipFile(tmp_path / "wheel" / "recbole.whl", "w") as files:
+        for name, line in (("inter", "1\t2\t3\t881250949"), ("item", "2\tMatrix, The\t1989\tAction Sci-Fi"),
+                           ("user", "1\t24\tM\ttechnician\t85711")):
+            files.writestr(f"recbole/dataset_example/ml-100k/ml-100k.{name}", f"header\n{line}\n")
+    one, two = data.grouplens(tmp_path / "ml-100k.zip"), data.recbole(tmp_path)
+    assert one == two == ([("1", "2", 3.0, 881250949)], {"2": {
+        "title": "The Matrix", "genres": ["action", "science fiction"], "category": "action", "brand": None, "price": None,
+        "era": "1970 to 1989"}}, {"1": ["24", "M", "technician"]})
+    assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
+    (tmp_path / "ml-100k.zip").write_bytes(b"PK no zip")
+    assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
 
 
 BODY = bytes(range(256)) * 400
