@@ -1119,21 +1119,22 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     empty = [line.split(" | ")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(empty) > 20 and not any(empty)
     for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6},
-                        "grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}],
+                        "grow": {"grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}]},
                         "codebook": {"machine": {"processor": "abacus", "cores": 4},
                                      "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}]},
-                        "data": ["not what is expected"]}.items():
+                        "ctr": ["not what is expected"]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     ctr.main(["benches", str(tmp_path), "--out", str(tmp_path / "table.md")])
     text = (tmp_path / "table.md").read_text()
     rows = {tuple(line[2:].split(" | ")[i] for i in (0, 3)): line.split(" | ")[1] for line in text.splitlines()
             if line.startswith("| ")}
-    assert rows["EM: naive way / ours, seconds", "em.json |"] == "12.3"
-    assert rows["EM: tokens per second", "em.json |"] == "12,346" and "| EM: share of the machine's limit |  |" in text
-    assert rows["EM, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
-    assert "| EM, 4,000 users: seconds per user |  |" in text and "| EM, 4,000 users: peak memory, MB | 100 |" in text
+    assert rows["E-step: ours / naive way in fp32, labelled tokens per second", "em.json |"] == "12.3"
+    assert "| E-step: share of the bare LLM's speed |  |" in text
+    assert rows["E-step: evidence tokens per second, forward and backward", "em.json |"] == "12,346"
+    assert rows["E-step, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
+    assert "| E-step, 4,000 users: seconds per user |  |" in text and "| E-step, 4,000 users: peak memory, MB | 100 |" in text
     assert rows["k-means, 100,000 × 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
-    assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| data, … lines: lines per" in text
+    assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| DeepFM, … rows: training" in text
     assert text.endswith("\n\ncodebook.json: processor abacus; cores 4.\n")
     (tmp_path / "em.json").write_text("{")
     assert "em.json" in ctr_fault(4, "benches", tmp_path)
@@ -1704,6 +1705,17 @@ def test_bad_input_gets_a_sentence_and_a_code(tiny, planted_folder, tmp_path):
     assert not (out / "profiles.npz").exists()
 
 
+def test_bench_prints_json_and_grows(tiny, planted_folder, tmp_path, capsys):
+    words = ["bench", "--data", str(planted_folder), "--lm", str(tiny), "--dtype", "float32", "--users", "4"]
+    uip.main([*words, "--naive", "2", "--repeat", "1", "--out", str(tmp_path / "em.json")])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "em.json").read_text()) and last["naive_users"] == 2
+    assert min(last[key] for key in ("of_limit", "vs_naive", "vs_naive_same_dtype", "tokens_per_s", "peak_mb")) > 0
+    uip.main([*words, "--grow"])
+    grown = json.loads(capsys.readouterr().out.splitlines()[-1])["grow"]
+    assert [one["users"] for one in grown] == [4, 16, 64] and grown[0]["peak_mb"] <= grown[2]["peak_mb"]
+
+
 def test_unknown_lm_and_no_network_end_in_a_sentence(planted_folder, tmp_path):
     """In a process of its own: exit code 3, one line, no traceback."""
     done = subprocess.run([sys.executable, "uip.py", *fit_args(planted_folder, "no-such-org/no-such-lm", tmp_path / "out")],
@@ -1910,5 +1922,6 @@ def test_readme_tables_are_made_from_the_results(tmp_path):
         assert all(path.read_bytes() == (HERE / path.relative_to(copy)).read_bytes() for path in made)
     ctr.main(["compare", *(str(copy / "results" / name) for name in ("demo", "demo-1", "demo-2", "null")),
               "--out", str(copy / "results" / "shops.md")])
+    ctr.main(["benches", str(copy / "results" / "bench"), "--out", str(copy / "results" / "bench" / "table.md")])
     ctr.main(["include", str(copy / "README.md")])
     assert (copy / "README.md").read_text() == (HERE / "README.md").read_text()
