@@ -383,15 +383,11 @@ def statistics(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
     50 values; without such a field there is no taste. Price: mean log price; an unknown price is left out, and a user
     without any gets the global mean. Habits: mean rating, log count.
 
-    Where users are new (split 3: their first rows, which are known), everyone is described by as few rows, the first of
-    the warm users too: over all of theirs the codes would mean something else for them, and the control were weaker.
-    The mean rating is then shrunk by three ratings of the global mean.
+    Where users are new, rows of split 3, the first few of every user, take the place of training rows, and the mean
+    rating is shrunk by three ratings of the global mean.
     """
     n, new = len(data.users), data.split == 3
-    train = (data.split == 0) | new
-    if new.any():
-        place = np.arange(len(data.user)) - np.searchsorted(data.user, data.user)           # rows are sorted by user
-        train &= place < np.bincount(data.user[new]).max()
+    train = new if new.any() else data.split == 0
     user, x = data.user[train], data.x[train].astype(np.int64)
     price = np.log(np.maximum(data.price[train], 0.01))
     total = lambda values, rows=slice(None): np.bincount(user[rows], values[rows], minlength=n)

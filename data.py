@@ -9,14 +9,14 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
 
     interactions.npz  user int32 [R], x int32 [R, F] (0 = unknown), y int8 [R] (rating > 3),
                       rating float32 [R], price float32 [R] (NaN = unknown), time int64 [R] in seconds,
-                      split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, a newcomer's known rows, and
-                      4, not used), users str [N]
+                      split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, the rows that describe a
+                      user, and 4, not used), users str [N]
     evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
     meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above
     truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
                       evidence or fields
     new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
-                      `uip.py fit`; new/nX of the newcomers' first X rows, for `uip.py infer` and `ctr.py run`
+                      `uip.py fit`; new/nX of everyone's first X rows, for `uip.py infer` and `ctr.py run`
 """
 from __future__ import annotations
 
@@ -463,19 +463,22 @@ def tell(layout: dict, rows: Rows, told: np.ndarray, most: int, **words) -> dict
 NEWCOMERS = 1, 2, 4, 8  # rows that are known of a newcomer
 
 
-def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """A split by users: some are new, and only their first rows are known (ours).
+def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -> tuple[np.ndarray, ...]:
+    """A split by users: some are new, and everyone, warm users too, is described by the first rows only (ours).
 
-    -> int8 [R]: 0 all rows of the warm users, 1 and 2 the rows to score of new users for validation and test, 3 the
-    first max(NEWCOMERS) rows of these; and int [R], each row's place in its user's history. Who is new depends on
-    seed and the users' ids.
+    -> int8 [R]: 3 the first max(NEWCOMERS) rows of every user, which describe and are neither trained on nor scored; of
+    the later ones 0 those of warm users, 1 and 2 those of new users for validation and test. int [R], each row's
+    place in its user's history. bool [R], whether its user is warm. Who is new depends on seed and the users' ids.
+
+    A warm user described by rows that are trained on tells their labels, and by more rows than a newcomer has another
+    thing altogether: either way the model would trust an ID more than a newcomer's deserves.
     """
     names = np.unique(data.user)
     order = names[np.argsort(row_keys(names, seed))]
     n_valid, n_test = (max(1, round(share * len(names))) for share in (valid, test))
     rank, _ = ranks(data.user, data.time, row_keys(data.user, data.item, data.time))
     parts = np.isin(data.user, order[:n_valid]) * 1 + np.isin(data.user, order[n_valid:n_valid + n_test]) * 2
-    return np.where((parts > 0) & (rank < max(NEWCOMERS)), 3, parts).astype(np.int8), rank
+    return np.where(rank < max(NEWCOMERS), 3, parts).astype(np.int8), rank, parts == 0
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -536,11 +539,12 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
 
 
 def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: dict, fit: dict) -> None:
-    """The folders new/ and new/nX: the same rows everywhere, in nX all but the first X of the known ones put aside."""
-    parts, rank = newcomers(data, fit["seed"])
+    """The folders new/, which tells of the warm users, and new/nX, which tells of everyone's first X rows."""
+    parts, rank, warm = newcomers(data, fit["seed"])
     for n in (0, *NEWCOMERS):
-        folder, known = out / "new" / (f"n{n}" if n else ""), (parts == 3) & (rank < n)
-        ready = prepare(data, layout, parts=np.where((parts == 3) & ~known, 4, parts), told=known if n else None, **fit)
+        folder, known = out / "new" / (f"n{n}" if n else ""), (parts == 3) & (rank < (n or max(NEWCOMERS)))
+        told, split = known if n else known & warm, np.where((parts == 3) & ~known, 4, parts)
+        ready = prepare(data, layout, parts=split, told=told, **fit)
         folder.mkdir(parents=True, exist_ok=True)
         save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {})
 

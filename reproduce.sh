@@ -128,7 +128,7 @@ shop() {
     "seconds > $r/seconds.json && $Q ctr.py table $r --out $r/table.md --summary $r/summary.json"
 }
 
-# real data: MovieLens-100K, 30 % of the users new. EM on the others; the newcomers' IDs come from their first 1 to 8 rows
+# real data: MovieLens-100K, 30 % of the users new. EM on the others' first 8 rows; then everyone's IDs come from their first 1 to 8
 small() {
   local d=runs/small r=results/ml-100k lm=${LM:-models/default} n
   export RUN=small
@@ -146,7 +146,7 @@ small() {
     stage "infer$n" "uip.py codebook.py" "profiles" "$d/new/profiles$n/profiles.npz" \
       "$EM infer --data $d/data/new/n$n --profiles $d/new/profiles --lm $lm --out $d/new/profiles$n --dtype $DTYPE --device $DEVICE \$FRESH"
     stage "bank$n" codebook.py "infer$n" "$d/new/bank$n/meta.json" \
-      "$Q codebook.py bank --profiles $d/new/profiles $d/new/profiles$n --out $d/new/bank$n"
+      "$Q codebook.py bank --profiles $d/new/profiles$n --out $d/new/bank$n"
     stage "ctr$n" ctr.py "bank$n" "$r/new$n/deepfm_none_0.json" \
       "$Q ctr.py run --data $d/data/new/n$n --bank $d/new/bank$n --drop user --models ${GIVEN:-deepfm} --features $FEATURES --seeds $SEEDS --lr 0.005 --l2 0.0001 --batch 1024 --device $DEVICE --out $r/new$n \$FRESH"
   done

@@ -991,10 +991,10 @@ def test_ctr_stats_are_the_plain_statistics_of_training_rows(tmp_path):
 
 
 def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users_codes(tmp_path):
-    """Users 30–39 are new, 2 rows known: everyone is described by two rows, and later rows change nothing."""
+    """Users 30–39 are new: everyone is described by the two rows of split 3, and later rows change nothing."""
     def new(arrays, later=0):
         place = np.tile(np.arange(30), 40)
-        arrays["split"] = np.where(arrays["user"] < 30, 0, np.where(place < 2, 3, 2)).astype(np.int8)
+        arrays["split"] = np.where(place < 2, 3, np.where(arrays["user"] < 30, 0, 2)).astype(np.int8)
         arrays["split"][-20:] = 1
         arrays["rating"] = np.where(place < 2, arrays["rating"], arrays["rating"] + later).astype(np.float32)
     plain = ctr.read_data(ctr_data(tmp_path / "a", change=new))
@@ -1350,11 +1350,11 @@ def test_data_verdicts_and_kinds_by_rows_by_hand():
 
 def test_data_newcomers_are_split_by_user_and_their_later_rows_leak_nowhere(tmp_path):
     shop = data.planted(seed=3, users=60)
-    parts, rank = data.newcomers(shop, seed=0)
-    kinds = [set(parts[shop.user == user]) for user in np.unique(shop.user)]
-    assert all(kind == {0} or kind <= {1, 3} or kind <= {2, 3} for kind in kinds)
-    assert sum(2 in kind for kind in kinds) <= 12 and sum(kind == {0} for kind in kinds) == 42
-    assert ((parts == 3) == (rank < 8))[parts > 0].all()
+    parts, rank, warm = data.newcomers(shop, seed=0)
+    kinds = [(set(parts[mine]), set(warm[mine])) for mine in (shop.user == user for user in np.unique(shop.user))]
+    assert all(kind <= {3, 0 if known == {True} else 1} or kind <= {3, 2} and known == {False} for kind, known in kinds)
+    assert sum(2 in kind for kind, _ in kinds) <= 12 and sum(known == {True} for _, known in kinds) == 42
+    assert ((parts == 3) == (rank < 8)).all()
     fit = {"k_user": 1, "k_item": 1, "evidence": 8, "seed": 0}
     later = np.isin(parts, (1, 2))
     edited = shop._replace(rating=np.where(later, 6 - shop.rating, shop.rating))
@@ -1363,10 +1363,13 @@ def test_data_newcomers_are_split_by_user_and_their_later_rows_leak_nowhere(tmp_
     assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
                for path in ("new/evidence.jsonl", "new/n1/evidence.jsonl", "new/n8/evidence.jsonl"))
     told = {n: [json.loads(line) for line in open(tmp_path / "a" / f"new/n{n}/evidence.jsonl")] for n in (1, 8)}
-    assert all(len(line["evidence"]["title"]) == 1 for line in told[1]) and len(told[8]) == 18
+    assert all(len(line["evidence"]["title"]) == 1 for line in told[1])
+    assert {len(line["evidence"]["title"]) for line in told[8]} <= set(range(1, 9)) and len(told[8]) == len(told[1]) == 60
+    warm_told = [json.loads(line)["user"] for line in open(tmp_path / "a/new/evidence.jsonl")]
+    assert set(warm_told) == set(shop.user[warm])
     arrays = np.load(tmp_path / "a" / "new" / "n2" / "interactions.npz")
-    new = np.isin(arrays["split"], (1, 2, 3, 4))
-    assert (arrays["x"][new, 0] == 0).all() and (arrays["x"][~new, 0] > 0).all()   # nobody knows a newcomer's id
+    new = np.isin(arrays["split"], (1, 2))
+    assert (arrays["x"][new, 0] == 0).all() and (arrays["x"][arrays["split"] == 0, 0] > 0).all()   # nobody knows a newcomer's id
     assert np.bincount(arrays["user"][arrays["split"] == 3]).max() == 2
 
 
