@@ -243,14 +243,14 @@ def canonical(clusters: Clusters) -> Clusters:
     return clusters._replace(centroids=centroids[order], ids=order.argsort()[ids])
 
 
-def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8,
-       seed: int = 0) -> Clusters:
+def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8, seed: int = 0,
+       generator: torch.Generator | None = None) -> Clusters:
     """The gradient-trained codebook of the authors' code, for the ablation: it collapses, k-means does not.
 
     theta [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[θ] − e‖² to the nearest code on random minibatches,
     and nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator or torch.Generator().manual_seed(seed)
     codes = (2 * torch.rand(k, theta.shape[1], generator=generator) - 1) / k                # (K, d)
     codes = codes.to(theta.device).requires_grad_()
     adam, history = torch.optim.Adam([codes], lr=lr), []

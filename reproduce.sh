@@ -4,6 +4,7 @@
 #   bash reproduce.sh                 the demo: planted users whose true profiles are known (minutes on two CPU cores)
 #   bash reproduce.sh profiles        the demo up to one stage: env lm data profiles bank ctr table
 #   bash reproduce.sh seeds           the demo's shop with two other data seeds, and the null shop without profiles
+#   bash reproduce.sh ablations       the demo's shop with parts of the method left out, and with other codebook sizes
 #   bash reproduce.sh test [ARG …]    the tests; further words go to pytest (-m slow: the slow ones)
 #   bash reproduce.sh small           real data: MovieLens-100K, new users; an hour or so on two CPU cores
 #   bash reproduce.sh full            the paper's Amazon sets: not in this version, says so
@@ -24,7 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} CODES=${CODES:-4,3} SEEDS=${SEEDS:-5} UNTIL= RUN=
 GIVEN=${MODELS:-} MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto}
-FEATURES=none,random,shuffled,stats,userip,stats+userip
+FEATURES=none,random,shuffled,stats,userip,stats+userip WITHOUT=
 CLICK="--lr 0.02 --l2 0.001"                 # the best of a grid by DeepFM's validation AUC *without* IDs, data seed 7
 PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python") KNOWN=${KNOWN:-1 2 4 8}
 EM="$Q uip.py"
@@ -119,7 +120,7 @@ shop() {
   lm=$(printf %q "$lm")
   stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $flags"
   stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" \
-    "$EM fit --data $d/data --lm $lm --out $d/profiles --codes $CODES --steps 3 --dtype $DTYPE --device $DEVICE \$FRESH"
+    "$EM fit --data $d/data --lm $lm --out $d/profiles --codes $CODES --steps 3 --dtype $DTYPE --device $DEVICE$WITHOUT \$FRESH"
   stage bank codebook.py "data profiles" "$r/score.json" \
     "$Q codebook.py bank --profiles $d/profiles --out $d/bank && mkdir -p $r && $Q codebook.py score --profiles $d/profiles --data $d/data --out $r/score.json && $Q codebook.py cards --profiles $d/profiles --data $d/data --out $r/cards.md"
   stage ctr ctr.py "data bank" "$r/${MODELS%%,*}_none_0.json" \
@@ -166,6 +167,14 @@ case ${1:-demo} in
     shop demo-1 "--seed 1"; shop demo-2 "--seed 2"; shop null "--seed 0 --null"
     "$PY" ctr.py compare results/demo results/demo-1 results/demo-2 results/null --out results/shops.md
     cat results/shops.md ;;
+  ablations)
+    shop demo "--seed 0"
+    FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
+    for part in em views mask kmeans pretraining tuning; do WITHOUT=" --without $part"; shop "without-$part" "--seed 0"; done
+    for k in 2 8 16 32; do WITHOUT= CODES=$k,$k; shop "codes-$k" "--seed 0"; done
+    "$PY" ctr.py compare results/{demo,without-{em,views,mask,kmeans,pretraining,tuning}} --out results/ablations.md
+    "$PY" ctr.py compare results/codes-2 results/demo results/codes-{8,16,32} --out results/sizes.md
+    cat results/ablations.md results/sizes.md ;;
   test)
     shift; export RUN=test; environment
     "$PY" -m pytest -q -p no:cacheprovider -o "markers=slow: minutes, run by .ci/run" -m "not slow" "$@" test_uip.py ;;

@@ -164,6 +164,29 @@ def test_padding_and_cache_change_nothing(kind, cached):
     assert torch.cat(alone).tolist() == pytest.approx(together.tolist(), rel=1e-5)
 
 
+def test_without_mask_or_views_the_profiles_do_touch():
+    """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
+    for without in ("mask", "views"):
+        lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words(), m=2, without=without)
+        rows, theta = [uip.pack(TEXTS[0], layout)], torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
+        batches = [uip.collate(rows, layout, cache) for cache in (uip.prefix(lm, layout), None)]
+        before = [uip.hidden(lm, batch, theta)[:, batch.slots.start:] for batch in batches]
+        torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
+        theta[:, 0] += torch.randn(2, 32)
+        changed = (uip.hidden(lm, batches[0], theta) != before[0]).any(-1)[0]
+        background, evidence = slice(2, 4), slice(4, None)             # columns: θ₁ θ₁ θ₂ θ₂ evidence
+        assert changed[background].all() == (without == "mask") and changed[evidence].all()
+
+
+def test_pooled_is_the_mean_state_of_the_value_tokens():
+    lm, layout, rows, batch, theta = case("llama", m=2, texts=[{"title": ["red rod", "red reel"], "price": ["9"]}])
+    h = uip.hidden(lm, batch, theta)[0, batch.slots.stop:]             # user bought red rod reel | paid 9
+    found, value = uip.pooled(lm, layout, rows, theta, cache=batch.prefix)
+    hobby = (2 * h[2] + h[3] + h[4]) / 4
+    torch.testing.assert_close(found[0], torch.stack([hobby, h[6]])[:, None].expand(2, 2, 32), rtol=1e-5, atol=1e-5)
+    assert value.tolist() == [0]
+
+
 @pytest.mark.parametrize("change", ["theta", "name"])
 def test_a_profile_cannot_touch_another(change):
     """Other name or θ of hobby: background's states, and those of evidence in its view, stay bit for bit."""
@@ -1679,6 +1702,22 @@ def test_fit_infer_and_a_user_without_evidence(tiny, planted_folder, tmp_path):
     uip.main(["infer", "--profiles", str(tmp_path / "fit"), *fit_args(planted_folder, tiny, tmp_path / "new")[1:-2]])
     new = np.load(tmp_path / "new" / "profiles.npz", allow_pickle=False)
     assert all(np.array_equal(new[f"mu_{p}"], found[f"mu_{p}"]) for p in (0, 1)) and not new["empty"].any()
+
+
+def test_ablations_leave_out_what_they_name(tiny, planted_folder, tmp_path):
+    meta = {}
+    for part in ("", *uip.ABLATIONS):
+        uip.main(fit_args(planted_folder, tiny, tmp_path / f"fit{part}", *(["--without", part] if part else [])))
+        meta[part] = json.loads((tmp_path / f"fit{part}" / "meta.json").read_text())
+        uip.main(["infer", "--profiles", str(tmp_path / f"fit{part}"), *fit_args(planted_folder, tiny, tmp_path / f"new{part}")[1:-2]])
+        found, new = (np.load(tmp_path / f"{name}{part}" / "profiles.npz") for name in ("fit", "new"))
+        if part in ("em", "tuning"):                                   # no prior yet: the users are the same to infer
+            assert len(meta[part]["trace"]) == 1 and np.array_equal(found["ids"], new["ids"])
+        assert found["theta"].shape == (30, 2, 16) and np.array_equal(found["mu_0"], new["mu_0"])
+    start = {part: one["trace"][0]["nll"] for part, one in meta.items()}
+    assert start["em"] == start[""] == start["kmeans"] and start["tuning"] == 0
+    assert len({start[part] for part in ("", "views", "pretraining")}) == 3 and start["mask"] == start[""]     # one layer
+    assert meta["pretraining"]["lm"]["weights"] == "random" and meta["kmeans"]["perplexity"] != meta[""]["perplexity"]
 
 
 def test_bad_input_gets_a_sentence_and_a_code(tiny, planted_folder, tmp_path):

@@ -41,7 +41,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import Fault, Progress, as_json, assign, kmeans, perplexity, read_json, read_npz, write_text
+from codebook import Fault, Progress, as_json, assign, kmeans, perplexity, read_json, read_npz, vq, write_text
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -63,9 +63,10 @@ class Layout:
     tokenizer: object
     m: int = 1                                                     # soft tokens per profile
     cut: int = 32                                                  # longest evidence value, tokens
+    without: str = ""                                              # ablation: "views" or "mask"
 
     @classmethod
-    def build(cls, spec: dict, tokenizer, m: int = 1, cut: int = 32) -> "Layout":
+    def build(cls, spec: dict, tokenizer, m: int = 1, cut: int = 32, without: str = "") -> "Layout":
         """From {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …]}}}, as in meta.json."""
         bos = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
         if bos is None:
@@ -73,9 +74,10 @@ class Layout:
         try:
             profiles = tuple(spec["profiles"])
             names = tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spec["profiles"].values())
-            layout = cls(profiles, names, {}, bos, tokenizer, m, cut)
+            layout = cls(profiles, names, {}, bos, tokenizer, m, cut, without)
             for kind, how in spec["kinds"].items():
-                layout.kinds[kind] = layout.encode(how["lead"]), tuple(p in how["view"] for p in profiles)
+                view = tuple(p in how["view"] or without == "views" for p in profiles)
+                layout.kinds[kind] = layout.encode(how["lead"]), view
                 if not (layout.kinds[kind][0] and how["view"] and set(how["view"]) <= set(profiles)):
                     raise ValueError(f"kind {kind!r} needs a lead, and a view of {', '.join(profiles)}; it has {how}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -165,8 +167,13 @@ class Batch(NamedTuple):
     prefix: list | None    # per layer (keys, values) [1, heads, C, head_dim] of BOS and names; None: not cached
 
 
-def visible(block: Tensor, order: Tensor) -> Tensor:
-    """Own-name mask of the fixed columns, [F, F] bool (query, key): BOS, and causally the own block, nothing else."""
+def visible(block: Tensor, order: Tensor, own: bool = True) -> Tensor:
+    """Own-name mask of the fixed columns, [F, F] bool (query, key): BOS, and causally the own block, nothing else.
+
+    own = False, the ablation: every column sees all before it, so all names and the soft tokens of earlier profiles.
+    """
+    if not own:
+        return torch.ones(len(block), len(block), dtype=torch.bool).tril()
     return (block == 0) | (block[:, None] == block) & (order[:, None] >= order)
 
 
@@ -190,7 +197,7 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
     block, order = torch.tensor(blocks), torch.tensor(positions)
     view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                       # BOS is in every view
     sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
-    sees[:, :F, :F] = visible(block, order)
+    sees[:, :F, :F] = visible(block, order, layout.without != "mask")
     sees[:, F:, :F] = view_of[:, :, block]                             # BOS, and the name+θ blocks of its view
     up = torch.arange(T).expand(B, T)
     for _ in range(int(depth.max()) - layout.start + 1):               # itself, its parent, its parent's parent …
@@ -227,7 +234,7 @@ class Prefix(DynamicCache):
 def prefix(lm, layout: Layout) -> list:
     """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
     ids, block, order = (torch.tensor(column[:layout.cached]) for column in layout.fixed())
-    mask = additive(visible(block, order)[None], lm.dtype)
+    mask = additive(visible(block, order, layout.without != "mask")[None], lm.dtype)
     out = lm.base_model(input_ids=ids[None].to(lm.device), attention_mask=mask.to(lm.device),
                         position_ids=order[None].to(lm.device), past_key_values=DynamicCache(), use_cache=True)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
@@ -316,15 +323,37 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def m_step(theta: Tensor, codes: list[int], book: Book | None, seed: int = 0) -> tuple[Book, Tensor]:
+@torch.no_grad()
+def pooled(lm, layout: Layout, rows: list[Row], theta: Tensor, *, budget: int = 1024, cache: list | None = None,
+           tick=lambda users: None) -> tuple[Tensor, Tensor]:
+    """In place of an E-step, for comparison: the LLM's mean last hidden state over the value tokens of a profile's view.
+
+    rows: N packed users; theta [N, P, m, d], the soft tokens meanwhile. Returns (the means, in the shape of theta and
+    zeros where a profile has no evidence; zeros [N]).
+    """
+    found = torch.zeros_like(theta)
+    for users in batches([len(row.ids) for row in rows], budget):
+        batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
+        h = hidden(lm, batch, theta[users].to(lm.device)).float().cpu()                     # (B, Q, d)
+        for own, u in zip(h[:, batch.slots.stop:], users):
+            weight = torch.tensor(rows[u].labels)[:, None] * torch.tensor(rows[u].views)    # (T, P)
+            mean = weight.T.float() @ own[:len(weight)] / weight.sum(0).clamp(min=1)[:, None]
+            found[u] = mean[:, None]                                                        # (P, 1, d)
+        tick(len(users))
+    return found, torch.zeros(len(rows))
+
+
+def m_step(theta: Tensor, codes: list[int], book: Book | None, seed: int = 0, quantise=kmeans) -> tuple[Book, Tensor]:
     """μ, z, π and, the first time, τ² from all θ [N, P, m, d]: k-means per profile, warm-started from round 1 on.
 
     Returns (book, ids [N, P]). τ² stays as first found, so that F of different rounds can be compared.
+    quantise: `codebook.vq`, which does not take a warm start, for comparison.
     """
     x, mu, pi, ids, tau2 = theta.flatten(2), [], [], [], []
     for p, k in enumerate(codes):
         generator = torch.Generator().manual_seed(seed * 1009 + p)
-        found = kmeans(x[:, p], k, init=None if book is None else book.mu[p], generator=generator)
+        warm = {"init": book.mu[p]} if book and quantise is kmeans else {}
+        found = quantise(x[:, p], k, generator=generator, **warm)
         mu.append(found.centroids)
         ids.append(found.ids)
         pi.append(torch.bincount(found.ids, minlength=k) / len(x))
@@ -345,13 +374,15 @@ def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -
 
 def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 1, steps: int = 4, lr: float = 0.02,
         lam: float = 0.02, seed: int = 0, shard: int = 128, budget: int = 1024, book: Book | None = None,
-        folder: Path | None = None, log=print) -> Fitted:
+        folder: Path | None = None, log=print, without: str = "") -> Fitted:
     """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
 
     rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
     nearest codes: that is how new users are served. Shards already in `folder` are taken from there. Under torchrun
     each process takes its share of the shards and all then do the same M-step, so that the result is one process's.
+    without: an ablation: "em" (round 0 only), "tuning" (pooled hidden states in place of it), "kmeans" (vq instead).
     """
+    rounds = 0 if without in ("em", "tuning") else rounds
     check_input(lm, rows)
     fixed, trace, ids, cache = book is not None, [], None, prefix(lm, layout)
     prior_mean = lm.get_input_embeddings().weight.float().mean(0).cpu()                     # (d,)
@@ -367,13 +398,16 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
         work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
                         steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update) for part in parts]
+        if without == "tuning":
+            work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update)
+                    for part in parts]
         theta, value = (torch.cat(x) for x in zip(*shared(files[r], work)))
         if r:
             trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
         if fixed:
             ids = torch.stack([assign(theta[:, p].flatten(1), mu)[0] for p, mu in enumerate(book.mu)], 1)
         else:
-            book, ids = m_step(theta, codes, book, seed)
+            book, ids = m_step(theta, codes, book, seed, vq if without == "kmeans" else kmeans)
         trace.append(report(log, layout, r, "M", value, theta, ids, book, lam))
     bar.close()
     return Fitted(theta, ids, value, book, trace)
@@ -443,14 +477,14 @@ def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor,
 
 # ------------------------------------------------------------------------------------------- LLM and files
 
-def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
-    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id.
+def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool = False):
+    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id. random: untrained weights, seed 1.
 
     auto: the GPU if there is one; bfloat16 there and on CPUs with bf16 instructions, else float32. Raises Fault 2 (no
     such folder), 3 (hub out of reach, gated or unknown id) or 4 (a folder that is no causal LM).
     """
     from huggingface_hub.utils import logging as hub
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
     hub.set_verbosity_error()                                          # its retries fill the screen; the fault below tells
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -469,9 +503,13 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto"):
         print(f"asking the hub, or its cache, for {name}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        lm = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True,
-            attn_implementation="eager" if device == "cpu" else "sdpa")    # sdpa's backward under a mask is slow on CPUs
+        how = {"dtype": getattr(torch, dtype),                             # sdpa's backward under a mask is slow on CPUs
+               "attn_implementation": "eager" if device == "cpu" else "sdpa"}
+        if random:
+            torch.manual_seed(1)
+            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **how)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if local:
@@ -758,17 +796,18 @@ def run_em(args) -> None:
     began, out = time.time(), Path(args.out)
     users, evidence, source = read_evidence(Path(args.data))
     given = Path(args.profiles) if args.command == "infer" else None
-    keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed")
+    keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed", "without")
     made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
     settings = made["settings"] if given else {key: getattr(args, key) for key in keys}
     if given and given.resolve() == out.resolve():
         raise Fault(2, "infer: --out must not be --profiles, whose codebook stays as it is")
-    lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
-    identity = describe(args.lm, lm)
+    without = settings["without"] = settings.get("without", "")
+    lm, tokenizer = load_lm(args.lm, args.dtype, args.device, random=without == "pretraining")
+    identity = describe(args.lm, lm) | ({"weights": "random"} if without == "pretraining" else {})
     if given and (made["layout"] != source["layout"] or {**made["lm"], "dtype": ""} != {**identity, "dtype": ""}):
         raise Fault(4, f"{given}: made with {made['lm']['name']} and its own layout; here are {identity['name']} and a "
                        "layout that may differ. IDs mean something only with the LLM and the texts of their codebook")
-    layout = Layout.build(source["layout"], tokenizer, m=settings["tokens"])
+    layout = Layout.build(source["layout"], tokenizer, m=settings["tokens"], without=without)
     rows = [pack(texts, layout) for texts in evidence]
     active = [u for u, row in enumerate(rows) if any(row.labels)]
     codes = settings["codes"]
@@ -787,7 +826,7 @@ def run_em(args) -> None:
           f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
     fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
                  lr=settings["lr"], lam=settings["prior"], seed=settings["seed"], shard=args.shard, budget=args.budget,
-                 book=book, folder=out, log=log)
+                 book=book, folder=out, log=log, without=without)
     meet()                                       # nobody reads shards any more
     if place()[0] == 0:
         save_profiles(out, users, active, fitted, layout, {
@@ -795,6 +834,9 @@ def run_em(args) -> None:
             "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
             "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
             "seconds": round(time.time() - began, 1)})
+
+
+ABLATIONS = ("em", "views", "mask", "kmeans", "pretraining", "tuning")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -829,6 +871,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--prior", type=real, default=0.02, help="λ: weight of the codebook in an E-step")
         sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
         sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
+        sub.add_argument("--without", default="", choices=ABLATIONS, help="leave a part of the method out, to see its worth")
     args = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
         args.device = join(args.device)
