@@ -4,6 +4,7 @@
     python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
     python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
+    python codebook.py meaning --profiles DIR --data DIR --out FILE  what IDs tell of known attributes (ml-100k)
     python codebook.py bench  [--rows N] [--users N] [--out FILE]    speed of k-means and of the bank
 
 Codes count from 0 in arrays named `ids`, and from 1 in a bank and in cards, where 0 means "unknown user".
@@ -666,6 +667,54 @@ def command_score(args) -> None:
     print(json.dumps(result, sort_keys=True, ensure_ascii=False))
 
 
+def information(codes: np.ndarray, classes: np.ndarray) -> float:
+    """Mutual information of two labellings [N], in bits: what one tells of the other. Biased upwards by chance."""
+    both = np.zeros((codes.max() + 1, classes.max() + 1))
+    np.add.at(both, (codes, classes), 1 / len(codes))
+    seen = both > 0
+    return float((both[seen] * np.log2(both[seen] / (both.sum(1, keepdims=True) * both.sum(0))[seen])).sum())
+
+
+def guessed(codes: np.ndarray, classes: np.ndarray, folds: int = 10) -> float:
+    """Held-out accuracy of guessing a user's class [N]: the most frequent one of the user's code in the other folds.
+
+    A user's fold is its place modulo `folds`; a code that the other folds lack is guessed as their most frequent class.
+    """
+    right = 0
+    for fold in range(folds):
+        held = np.arange(len(codes)) % folds == fold
+        counts = np.zeros((codes.max() + 1, classes.max() + 1))
+        np.add.at(counts, (codes[~held], classes[~held]), 1)
+        counts[counts.sum(1) == 0] = counts.sum(0)
+        right += int((counts.argmax(1)[codes[held]] == classes[held]).sum())
+    return right / len(codes)
+
+
+def command_meaning(args) -> None:
+    """What IDs tell of known attributes of the users (truth.npz): bits and held-out accuracy, beside shuffled IDs."""
+    profiles, path = read_profiles(args.profiles), Path(args.data) / "truth.npz"
+    truth, rng = read_npz(path, "users", "n_train"), np.random.default_rng(0)
+    row = match(truth["users"], profiles.users)
+    if not (row >= 0).any():
+        raise Fault(4, f"{args.profiles} and {path} have no user in common")
+    order = rng.permutation(np.flatnonzero(row >= 0))                  # folds must not follow the users' order
+    told = []
+    for attribute in sorted(set(truth) - {"users", "n_train"}):
+        classes = np.unique(truth[attribute][order], return_inverse=True)[1]
+        for p, name in enumerate(profiles.names):
+            codes = profiles.ids[row[order], p].astype(np.int64)
+            bits, right = information(codes, classes), guessed(codes, classes)
+            dealt = [rng.permutation(codes) for _ in range(args.shuffles)]
+            chance, luck = [information(one, classes) for one in dealt], [guessed(one, classes) for one in dealt]
+            told.append({"profile": name, "attribute": attribute, "classes": int(classes.max()) + 1, "bits": bits,
+                         "bits_shuffled": float(np.mean(chance)),
+                         "p": (1 + int(np.greater_equal(chance, bits).sum())) / (1 + args.shuffles), "accuracy": right,
+                         "accuracy_shuffled": float(np.mean(luck)), "accuracy_majority": guessed(0 * codes, classes)})
+    result = {"lm": profiles.meta.get("lm"), "users": len(order), "shuffles": args.shuffles, "meaning": told}
+    write_text(Path(args.out), as_json(result))
+    print(json.dumps(result, sort_keys=True, ensure_ascii=False))
+
+
 # ---------------------------------------------------------------------------------------------------- bench
 
 def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> Tensor:
@@ -791,6 +840,9 @@ def main(argv: list[str] | None = None) -> None:
             ("--top", {"type": int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
     command("score", command_score, profiles, data,
             ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
+    command("meaning", command_meaning, profiles, data,
+            ("--shuffles", {"type": int, "default": 999, "help": "of the IDs, for comparison (default: 999)"}),
+            ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the figures"}))
     command("bench", command_bench,
             ("--rows", {"type": int, "default": 100_000, "help": "rows for k-means (default: 100000)"}),
             ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),

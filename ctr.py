@@ -3,6 +3,7 @@
     python ctr.py run   --data DIR --bank DIR --models deepfm,dcn --features none,stats,userip --out DIR
     python ctr.py table DIR… --out FILE.md --summary FILE.json          Markdown tables from the runs' JSON
     python ctr.py compare DIR… --out FILE.md                            planted shops side by side
+    python ctr.py meaning FILE… --out FILE.md                           what IDs tell of users, from codebook.py
     python ctr.py include README.md                                     put such files into a README
     python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
     python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
@@ -752,6 +753,23 @@ def compare(args) -> None:
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 
+def meaning(args) -> None:
+    """What IDs tell of users' known attributes, from the JSON of codebook.py meaning."""
+    lines = []
+    try:
+        for path in map(Path, args.files):
+            found = read_json(path)
+            for one in found["meaning"]:
+                lines.append([path.stem, one["profile"], f"{one['attribute']} ({one['classes']} classes)",
+                              *(f"{one[key]:.3f}" for key in ("bits", "bits_shuffled", "p")),
+                              *(f"{one[key]:.1%}" for key in ("accuracy", "accuracy_shuffled", "accuracy_majority"))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Fault(4, f"{path} is not of codebook.py meaning ({error!r})") from None
+    text = markdown(["IDs", "profile", "attribute", "bits", "bits, shuffled IDs", "p", "held-out accuracy",
+                     "accuracy, shuffled IDs", "accuracy, majority"], lines) + "\n"
+    publish(Path(args.out), text) if args.out else print(text, end="")
+
+
 def include(args) -> None:
     """Fill each block <!-- include FILE --> … <!-- /include --> of a Markdown file with FILE, relative to it."""
     path = Path(args.file)
@@ -987,6 +1005,10 @@ def main(argv=None) -> None:
     four.set_defaults(do=compare)
     four.add_argument("folders", nargs="+", metavar="DIR", help="folder with the summary.json of table")
     four.add_argument("--out", help="file for the tables (default: print them)")
+    seven = commands.add_parser("meaning", help="what IDs tell of users' known attributes", allow_abbrev=False)
+    seven.set_defaults(do=meaning)
+    seven.add_argument("files", nargs="+", metavar="FILE", help="JSON of codebook.py meaning")
+    seven.add_argument("--out", help="file for the table (default: print it)")
     five = commands.add_parser("include", help="fill <!-- include FILE --> blocks of a file", allow_abbrev=False)
     five.set_defaults(do=include)
     five.add_argument("file", help="Markdown file; the paths in it are relative to its folder")

@@ -6,7 +6,7 @@
 #   bash reproduce.sh seeds           the demo's shop with two other data seeds, and the null shop without profiles
 #   bash reproduce.sh ablations       the demo's shop with parts of the method left out, and with other codebook sizes
 #   bash reproduce.sh test [ARG …]    the tests; further words go to pytest (-m slow: the slow ones)
-#   bash reproduce.sh small           real data: MovieLens-100K, new users; an hour or so on two CPU cores
+#   bash reproduce.sh small           real data: MovieLens-100K, new and warm users; an hour or so on two CPU cores
 #   bash reproduce.sh full            the paper's Amazon sets: not in this version, says so
 #   bash reproduce.sh --help          this text
 #
@@ -107,16 +107,20 @@ seconds() {  # seconds per stage of the run so far, as JSON
 }
 export -f at seconds
 
+language_model() {  # the default one, or which one LM is
+  if [ -z "$LM" ]; then
+    stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
+  else
+    stage lm "" env . "echo LM=$(printf %q "$LM") $(head -c 4000000 "$LM"/*.safetensors 2>/dev/null | hash_of)"
+  fi
+}
+
 # shop NAME "FLAGS of data.py planted": every stage, from the environment to the table
 shop() {
   local flags=$2 d=runs/$1 r=results/$1 lm=${LM:-models/default}
   export RUN=$1
   environment
-  if [ -z "$LM" ]; then
-    stage lm data.py env "$lm/source.json" "$Q data.py lm --out $lm"
-  else
-    stage lm "" env . "echo LM=$(printf %q "$LM") $(head -c 4000000 "$LM"/*.safetensors 2>/dev/null | hash_of)"
-  fi
+  language_model
   lm=$(printf %q "$lm")
   stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $flags"
   stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" \
@@ -129,29 +133,31 @@ shop() {
     "seconds > $r/seconds.json && $Q ctr.py table $r --out $r/table.md --summary $r/summary.json"
 }
 
-# real data: MovieLens-100K, 30 % of the users new. EM on the others' first 8 rows; then everyone's IDs come from their first 1 to 8
+# real data, MovieLens-100K. First 30 % of the users are new: EM on the others' first 8 rows, then everyone's IDs from their
+# first 1 to 8. Then all users are warm, and what their IDs tell of gender, age and occupation
 small() {
   local d=runs/small r=results/ml-100k lm=${LM:-models/default} n
+  local em="--lm $(printf %q "$lm") --dtype $DTYPE --device $DEVICE \$FRESH" fit="--codes 8,8 --steps 3"
+  local click="--models $MODELS --features $FEATURES --seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
   export RUN=small
   environment
-  if [ -z "$LM" ]; then
-    stage lm data.py env "$lm/source.json" "$Q data.py lm --out $lm"
-  else
-    stage lm "" env . "echo LM=$(printf %q "$LM") $(head -c 4000000 "$LM"/*.safetensors 2>/dev/null | hash_of)"
-  fi
-  lm=$(printf %q "$lm")
+  language_model
   stage data data.py env "$d/data/meta.json" "$Q data.py ml-100k --out $d/data"
-  stage profiles "uip.py codebook.py" "lm data" "$d/new/profiles/profiles.npz" \
-    "$EM fit --data $d/data/new --lm $lm --out $d/new/profiles --codes 8,8 --steps 3 --dtype $DTYPE --device $DEVICE \$FRESH"
+  stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" "$EM fit --data $d/data/new --out $d/profiles $fit $em"
   for n in $KNOWN; do
-    stage "infer$n" "uip.py codebook.py" "profiles" "$d/new/profiles$n/profiles.npz" \
-      "$EM infer --data $d/data/new/n$n --profiles $d/new/profiles --lm $lm --out $d/new/profiles$n --dtype $DTYPE --device $DEVICE \$FRESH"
-    stage "bank$n" codebook.py "infer$n" "$d/new/bank$n/meta.json" \
-      "$Q codebook.py bank --profiles $d/new/profiles$n --out $d/new/bank$n"
-    stage "ctr$n" ctr.py "bank$n" "$r/new$n/deepfm_none_0.json" \
-      "$Q ctr.py run --data $d/data/new/n$n --bank $d/new/bank$n --drop user --models ${GIVEN:-deepfm} --features $FEATURES --seeds $SEEDS --lr 0.005 --l2 0.0001 --batch 1024 --device $DEVICE --out $r/new$n \$FRESH"
+    stage "infer$n" "uip.py codebook.py" profiles "$d/profiles$n/profiles.npz" \
+      "$EM infer --data $d/data/new/n$n --profiles $d/profiles --out $d/profiles$n $em"
+    stage "bank$n" codebook.py "infer$n" "$d/bank$n/meta.json" "$Q codebook.py bank --profiles $d/profiles$n --out $d/bank$n"
+    stage "ctr$n" ctr.py "bank$n" "$r/new$n/${MODELS%%,*}_none_0.json" \
+      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user $click --out $r/new$n \$FRESH"
   done
-  stage table ctr.py "$(printf 'ctr%s ' $KNOWN)" "$r/table.md" "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md"
+  stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
+  stage warmbank codebook.py "warm" "$r/meaning.json" \
+    "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md && $Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
+  stage warmctr ctr.py "warmbank" "$r/warm/${MODELS%%,*}_none_0.json" \
+    "$Q ctr.py run --data $d/data --bank $d/warmbank $click --out $r/warm \$FRESH"
+  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" \
+    "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md && $Q ctr.py table $r/warm --out $r/warm.md && $Q ctr.py meaning $r/meaning.json --out $r/meaning.md"
 }
 
 case ${1:-demo} in
@@ -159,7 +165,7 @@ case ${1:-demo} in
   demo)
     shop demo "--seed 0"; cat results/demo/table.md
     echo "Real data: bash reproduce.sh small (MovieLens-100K). bash reproduce.sh full, the paper's Amazon sets, is not in this version." ;;
-  small) small; cat results/ml-100k/table.md ;;
+  small) small; cat results/ml-100k/{table,warm,meaning}.md ;;
   env | lm | data | profiles | bank | ctr | table) UNTIL=$1; shop demo "--seed 0" ;;
   seeds)
     shop demo "--seed 0"

@@ -1033,6 +1033,34 @@ def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users
     assert len(sizes) == 3 and (codes >= 1).all() and (codes <= sizes).all()
 
 
+def test_meaning_of_ids_by_hand(tmp_path):
+    """information and guessed on labellings whose answers are plain; the command; its table."""
+    coin, four = np.arange(400) % 2, np.arange(400) % 4
+    assert codebook.information(coin, coin) == pytest.approx(1) and codebook.information(four, four) == pytest.approx(2)
+    assert codebook.information(four, coin) == pytest.approx(1) and codebook.information(0 * coin, coin) == pytest.approx(0)
+    skew = np.array([0, 0, 0, 1])                                     # H(1/4) − 0 bits
+    assert codebook.information(skew, skew) == pytest.approx(2 - 0.75 * math.log2(3))
+    rng = np.random.default_rng(0)
+    codes, classes = rng.integers(0, 3, 400), rng.integers(0, 2, 400)
+    assert codebook.guessed(codes, (codes == 2) * 1) == 1 and codebook.guessed(codes, classes) < 0.6
+    assert codebook.guessed(0 * codes, (codes == 2) * 1) == pytest.approx((codes != 2).mean())
+    alone = np.array([0] * 9 + [1])                                   # code 1 is in one fold only: the others' majority
+    assert codebook.guessed(alone, alone) == 0.9
+    profiles, data = tiny_folders(tmp_path)[:2]
+    users = np.load(profiles / "profiles.npz")["users"]
+    attributes = {"work": np.array(["x", "x", "x", "y", "y", "y"]), "age": np.array(["1", "2"] * 3)}
+    np.savez(data / "truth.npz", users=np.sort(users), n_train=np.full(6, 9), **attributes)
+    codebook.main(["meaning", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "m.json"), "--shuffles", "50"])
+    told = {(one["profile"], one["attribute"]): one for one in json.loads((tmp_path / "m.json").read_text())["meaning"]}
+    assert told["hobby", "work"]["bits"] == pytest.approx(1) == told["background", "age"]["bits"]
+    assert told["hobby", "age"]["bits"] < 0.1 < told["hobby", "work"]["accuracy"] == 1
+    assert told["hobby", "work"]["p"] < 0.3 < told["hobby", "age"]["p"]
+    ctr.main(["meaning", str(tmp_path / "m.json"), "--out", str(tmp_path / "m.md")])
+    assert "| m | hobby | work (2 classes) | 1.000 |" in (tmp_path / "m.md").read_text()
+    (tmp_path / "bad.json").write_text('{"meaning": [{}]}')
+    assert code_of(ctr, ["meaning", str(tmp_path / "bad.json")])[0] == 4
+
+
 def test_ctr_kmeans_finds_groups_and_survives_equal_points():
     x = np.repeat(np.eye(3), 20, 0) * 9 + np.random.default_rng(0).normal(0, 0.1, (60, 3))
     assert [len(set(ctr.kmeans(x, 3)[g:g + 20])) for g in (0, 20, 40)] == [1, 1, 1] and len(set(ctr.kmeans(x, 3))) == 3
