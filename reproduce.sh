@@ -176,9 +176,9 @@ case ${1:-demo} in
   ablations)
     shop demo "--seed 0"
     FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
-    for part in em views mask kmeans pretraining tuning; do WITHOUT=" --without $part"; shop "without-$part" "--seed 0"; done
+    for part in em views mask kmeans pretraining tuning llm; do WITHOUT=" --without $part"; shop "without-$part" "--seed 0"; done
     for k in 2 8 16 32; do WITHOUT= CODES=$k,$k; shop "codes-$k" "--seed 0"; done
-    "$PY" ctr.py compare results/{demo,without-{em,views,mask,kmeans,pretraining,tuning}} --out results/ablations.md
+    "$PY" ctr.py compare results/{demo,without-{em,views,mask,kmeans,pretraining,tuning,llm}} --out results/ablations.md
     "$PY" ctr.py compare results/codes-2 results/demo results/codes-{8,16,32} --out results/sizes.md
     cat results/ablations.md results/sizes.md ;;
   test)

@@ -185,6 +185,9 @@ def test_pooled_is_the_mean_state_of_the_value_tokens():
     hobby = (2 * h[2] + h[3] + h[4]) / 4
     torch.testing.assert_close(found[0], torch.stack([hobby, h[6]])[:, None].expand(2, 2, 32), rtol=1e-5, atol=1e-5)
     assert value.tolist() == [0]
+    table = torch.arange(64.0)[:, None].expand(64, 32)                 # a bag of tokens: the mean of their ids here
+    bag, token = uip.pooled(lm, layout, rows, theta, table=table)[0][0], layout.tokenizer.ids
+    assert bag[:, 0, 0].tolist() == [(2 * token["red"] + token["rod"] + token["reel"]) / 4, token["9"]]
 
 
 @pytest.mark.parametrize("change", ["theta", "name"])
@@ -1739,11 +1742,11 @@ def test_ablations_leave_out_what_they_name(tiny, planted_folder, tmp_path):
         meta[part] = json.loads((tmp_path / f"fit{part}" / "meta.json").read_text())
         uip.main(["infer", "--profiles", str(tmp_path / f"fit{part}"), *fit_args(planted_folder, tiny, tmp_path / f"new{part}")[1:-2]])
         found, new = (np.load(tmp_path / f"{name}{part}" / "profiles.npz") for name in ("fit", "new"))
-        if part in ("em", "tuning"):                                   # no prior yet: the users are the same to infer
+        if part in ("em", "tuning", "llm"):                                   # no prior yet: the users are the same to infer
             assert len(meta[part]["trace"]) == 1 and np.array_equal(found["ids"], new["ids"])
         assert found["theta"].shape == (30, 2, 16) and np.array_equal(found["mu_0"], new["mu_0"])
     start = {part: one["trace"][0]["nll"] for part, one in meta.items()}
-    assert start["em"] == start[""] == start["kmeans"] and start["tuning"] == 0
+    assert start["em"] == start[""] == start["kmeans"] and start["tuning"] == start["llm"] == 0
     assert len({start[part] for part in ("", "views", "pretraining")}) == 3 and start["mask"] == start[""]     # one layer
     assert meta["pretraining"]["lm"]["weights"] == "random" and meta["kmeans"]["perplexity"] != meta[""]["perplexity"]
 

@@ -325,17 +325,17 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 @torch.no_grad()
 def pooled(lm, layout: Layout, rows: list[Row], theta: Tensor, *, budget: int = 1024, cache: list | None = None,
-           tick=lambda users: None) -> tuple[Tensor, Tensor]:
+           tick=lambda users: None, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """In place of an E-step, for comparison: the LLM's mean last hidden state over the value tokens of a profile's view.
 
-    rows: N packed users; theta [N, P, m, d], the soft tokens meanwhile. Returns (the means, in the shape of theta and
-    zeros where a profile has no evidence; zeros [N]).
+    rows: N packed users; theta [N, P, m, d], the soft tokens meanwhile; table: [V, d], to average rows of it instead of
+    hidden states. Returns (the means, in the shape of theta and zeros where a profile has no evidence; zeros [N]).
     """
     found = torch.zeros_like(theta)
     for users in batches([len(row.ids) for row in rows], budget):
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
-        h = hidden(lm, batch, theta[users].to(lm.device)).float().cpu()                     # (B, Q, d)
-        for own, u in zip(h[:, batch.slots.stop:], users):
+        h = table[batch.ids.cpu()] if table is not None else hidden(lm, batch, theta[users].to(lm.device)).float().cpu()
+        for own, u in zip(h[:, batch.slots.stop:], users):                                  # (Q − P·m, d)
             weight = torch.tensor(rows[u].labels)[:, None] * torch.tensor(rows[u].views)    # (T, P)
             mean = weight.T.float() @ own[:len(weight)] / weight.sum(0).clamp(min=1)[:, None]
             found[u] = mean[:, None]                                                        # (P, 1, d)
@@ -380,9 +380,12 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
     rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
     nearest codes: that is how new users are served. Shards already in `folder` are taken from there. Under torchrun
     each process takes its share of the shards and all then do the same M-step, so that the result is one process's.
-    without: an ablation: "em" (round 0 only), "tuning" (pooled hidden states in place of it), "kmeans" (vq instead).
+    without: an ablation: "em" (round 0 only), "kmeans" (vq instead), "tuning" (pooled hidden states are the θ), "llm"
+    (a bag of the value tokens is, each a random direction: the same words without what the LLM knows of them).
     """
-    rounds = 0 if without in ("em", "tuning") else rounds
+    rounds = 0 if without in ("em", "tuning", "llm") else rounds
+    shape = lm.get_input_embeddings().weight.shape
+    table = torch.randn(shape, generator=torch.Generator().manual_seed(1)) if without == "llm" else None    # (V, d)
     check_input(lm, rows)
     fixed, trace, ids, cache = book is not None, [], None, prefix(lm, layout)
     prior_mean = lm.get_input_embeddings().weight.float().mean(0).cpu()                     # (d,)
@@ -398,9 +401,9 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
         work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
                         steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update) for part in parts]
-        if without == "tuning":
-            work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update)
-                    for part in parts]
+        if without in ("tuning", "llm"):
+            work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update,
+                            table=table) for part in parts]
         theta, value = (torch.cat(x) for x in zip(*shared(files[r], work)))
         if r:
             trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
@@ -836,7 +839,7 @@ def run_em(args) -> None:
             "seconds": round(time.time() - began, 1)})
 
 
-ABLATIONS = ("em", "views", "mask", "kmeans", "pretraining", "tuning")
+ABLATIONS = ("em", "views", "mask", "kmeans", "pretraining", "tuning", "llm")
 
 
 def main(argv: list[str] | None = None) -> None:
