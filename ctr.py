@@ -11,7 +11,7 @@
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
 
     none      nothing: the baseline that every other row is compared with, seed by seed
-    userip    the collaborative IDs of the feature bank
+    userip    the collaborative IDs of the feature bank; the name of one of its profiles, such as hobby: that ID alone
     random    codes drawn at random for every user and seed: what a hash of the user brings by itself
     shuffled  the bank's codes, dealt to the wrong users: what the bank's frequencies bring by themselves
     stats     k-means of the user's plain training statistics (taste shares, mean log price, rating and count), a
@@ -434,15 +434,15 @@ def stats_codes(data: Data, sizes: list[int]) -> tuple[np.ndarray, list[int]]:
 def add_features(names: str, data: Data, codes: dict, sizes: list[int], seed: int):
     """Codes per user of one feature set such as "stats+userip" → int64 [N, E], sizes of the E new fields.
 
-    codes: "userip" → int64 [N, P], "stats" → what stats_codes gives, as far as needed; sizes: codes per field of the
-    bank, without the 0.
+    codes: "userip" → int64 [N, P], a profile's name → [N, 1] with its size in a list, "stats" → what stats_codes gives,
+    as far as needed; sizes: codes per field of the bank, without the 0.
     """
     parts, widths = [np.zeros((len(data.users), 0), np.int64)], []
     for name in names.split("+"):
-        rng = np.random.default_rng([seed, FEATURES.index(name)])
         if name == "none":
             continue
-        part, width = codes["stats"] if name == "stats" else (codes["userip"], sizes)
+        rng = np.random.default_rng([seed, FEATURES.index(name) if name in FEATURES else 0])
+        part, width = (codes["userip"], sizes) if name in ("userip", "random", "shuffled") else codes[name]
         if name == "random":
             part = rng.integers(1, np.array(sizes) + 1, (len(data.users), len(sizes)))
         elif name == "shuffled":
@@ -569,17 +569,19 @@ def results(folder: Path) -> list[Path]:
 def run(args) -> None:
     """Every model × feature set × seed that --out does not hold yet."""
     models = choose(args.models, MODELS, "--models")
-    features = choose(args.features, FEATURES, "--features")
+    data = read_data(args.data)
+    bank = read_bank(args.bank, data.users) if args.bank else Bank(None, [4, 3], {}, None)
+    profiles = {name: p for p, name in enumerate(bank.about.get("names") or []) if name not in FEATURES}
+    features = choose(args.features, (*FEATURES, *profiles), "--features")
     parts = {part for name in features for part in name.split("+")}
     if parts & {"userip", "shuffled"} and not args.bank:
         raise Fault(2, f"--features {args.features} needs --bank DIR, the folder that codebook.py bank wrote")
-    data = read_data(args.data)
     config = {key: getattr(args, key) for key in ("lr", "batch", "epochs", "patience", "l2")}
     config.update(drop=choose(args.drop, data.fields, "--drop"), device=pick_device(args.device))
     if len(config["drop"]) == len(data.fields):
         raise Fault(2, "--drop leaves no field")
-    bank = read_bank(args.bank, data.users) if args.bank else Bank(None, [4, 3], None, None)
-    codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None}
+    codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None,
+             **{name: (bank.codes[:, [p]], [bank.sizes[p]]) for name, p in profiles.items()}}
     command = shlex.join(["python", "ctr.py", *sys.argv[1:]])
     if args.restart:
         for path in results(Path(args.out)):
@@ -590,7 +592,7 @@ def run(args) -> None:
     for model, feature, seed in itertools.product(models, features, range(args.seeds)):
         signature, uses = inspect.signature(MODELS[model]).parameters, set(feature.split("+"))
         defaults = {name: value.default for name, value in signature.items() if name != "field_sizes"}
-        ids = bool(uses & {"userip", "shuffled"})
+        ids = bool(uses & {"userip", "shuffled", *profiles})
         setting = {"dataset": data.name, "model": model, "features": feature, "seed": seed,
                    "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
                    "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256,
@@ -688,13 +690,14 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def render(runs: list[dict]) -> str:
     """The results of one data set as Markdown: model × features, then what userip has over each control."""
     aucs, gaucs, losses = (cells(runs, key) for key in ("auc", "gauc", "logloss"))
-    main, minus = [], []
+    main, minus, own = [], [], {one["features"] for one in runs} - {*FEATURES, "stats+userip"}
+    pairs = [*PAIRS, *((name, "stats") for name in sorted(own, key=lambda name: (name.count("+"), name)))]
     for model, by in aucs.items():
         for name, values in by.items():
             delta = difference(values, by.get("none")) if name != "none" else ""
             main.append([model, name, spread(values), delta, spread(gaucs[model][name]),
                          spread(losses[model][name]), str(len(values))])
-        minus.append([model, *(difference(by.get(a), by.get(b)) for a, b in PAIRS)])
+        minus.append([model, *(difference(by.get(a), by.get(b)) for a, b in pairs)])
     lms = sorted({one["lm"]["name"] if isinstance(one["lm"], dict) else one["lm"] for one in runs
                   if one.get("lm")})
     rows = ", ".join(f"{count:,} {name}" for name, count in runs[0]["rows"].items())
@@ -702,7 +705,7 @@ def render(runs: list[dict]) -> str:
             "over seeds; differences are paired by seed, with their 95 % t-interval.\n\n")
     text += markdown(["model", "features", "AUC", "ΔAUC to none", "gAUC", "logloss", "seeds"], main)
     if any(any(row[1:]) for row in minus):
-        text += "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in PAIRS)], minus)
+        text += "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], minus)
     return text
 
 

@@ -136,9 +136,9 @@ shop() {
 # real data, MovieLens-100K. First 30 % of the users are new: EM on the others' first 8 rows, then everyone's IDs from their
 # first 1 to 8. Then all users are warm, and what their IDs tell of gender, age and occupation
 small() {
-  local d=runs/small r=results/ml-100k lm=${LM:-models/default} n
+  local d=runs/small r=results/ml-100k lm=${LM:-models/default} few=${GIVEN:-deepfm} n
   local em="--lm $(printf %q "$lm") --dtype $DTYPE --device $DEVICE \$FRESH" fit="--codes 8,8 --steps 3"
-  local click="--models $MODELS --features $FEATURES --seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
+  local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
   export RUN=small
   environment
   language_model
@@ -148,14 +148,14 @@ small() {
     stage "infer$n" "uip.py codebook.py" profiles "$d/profiles$n/profiles.npz" \
       "$EM infer --data $d/data/new/n$n --profiles $d/profiles --out $d/profiles$n $em"
     stage "bank$n" codebook.py "infer$n" "$d/bank$n/meta.json" "$Q codebook.py bank --profiles $d/profiles$n --out $d/bank$n"
-    stage "ctr$n" ctr.py "bank$n" "$r/new$n/${MODELS%%,*}_none_0.json" \
-      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user $click --out $r/new$n \$FRESH"
+    stage "ctr$n" ctr.py "bank$n" "$r/new$n/${few%%,*}_none_0.json" \
+      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user --models $few --features $FEATURES,hobby,background,stats+background $click --out $r/new$n \$FRESH"
   done
   stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
   stage warmbank codebook.py "warm" "$r/meaning.json" \
     "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md && $Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
   stage warmctr ctr.py "warmbank" "$r/warm/${MODELS%%,*}_none_0.json" \
-    "$Q ctr.py run --data $d/data --bank $d/warmbank $click --out $r/warm \$FRESH"
+    "$Q ctr.py run --data $d/data --bank $d/warmbank --models $MODELS --features $FEATURES $click --out $r/warm \$FRESH"
   stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" \
     "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md && $Q ctr.py table $r/warm --out $r/warm.md && $Q ctr.py meaning $r/meaning.json --out $r/meaning.md"
 }

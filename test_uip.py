@@ -1036,6 +1036,21 @@ def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users
     assert len(sizes) == 3 and (codes >= 1).all() and (codes <= sizes).all()
 
 
+def test_ctr_one_profile_alone_is_a_feature_set(tmp_path):
+    """"hobby" is the bank's first column and nothing else; a table sets it against stats."""
+    data, bank, out = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank"), tmp_path / "out"
+    codes = {"userip": np.array([[1, 3], [2, 1]]), "hobby": (np.array([[1], [2]]), [4]), "stats": (np.array([[7], [8]]), [9])}
+    found, widths = ctr.add_features("stats+hobby", ctr.read_data(data)._replace(users=np.array(["a", "b"])), codes, [4, 3], 0)
+    assert found.tolist() == [[7, 1], [8, 2]] and widths == [10, 5]
+    ctr.main([str(a) for a in ("run", "--data", data, "--bank", bank, "--models", "lr", "--features", "hobby,stats,stats+hobby",
+                               "--seeds", 2, "--epochs", 1, "--out", out, "--device", "cpu")])
+    assert json.loads((out / "lr_hobby_0.json").read_text())["bank"]["names"] == ["hobby", "background"]
+    ctr.main(["table", str(out), "--out", str(tmp_path / "t.md")])
+    assert "| userip − stats | stats+userip − stats | hobby − stats | stats+hobby − stats |" in (tmp_path / "t.md").read_text()
+    assert code_of(ctr, ["run", "--data", str(data), "--bank", str(bank), "--features", "colour", "--out", str(out)]) == (
+        2, "--features: 'colour' is none of none, random, shuffled, stats, userip, hobby, background")
+
+
 def test_meaning_of_ids_by_hand(tmp_path):
     """information and guessed on labellings whose answers are plain; the command; its table."""
     coin, four = np.arange(400) % 2, np.arange(400) % 4
