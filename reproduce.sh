@@ -137,7 +137,7 @@ shop() {
 # first 1 to 8. Then all users are warm, and what their IDs tell of gender, age and occupation
 small() {
   local d=runs/small r=results/ml-100k lm=${LM:-models/default} few=${GIVEN:-deepfm} n
-  local em="--lm $(printf %q "$lm") --dtype $DTYPE --device $DEVICE \$FRESH" fit="--codes 8,8 --steps 3"
+  local em="--lm $(printf %q "$lm") --dtype $DTYPE --device $DEVICE \$FRESH" fit="--codes 4,8 --steps 3"
   local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
   export RUN=small
   environment
