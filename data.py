@@ -2,6 +2,9 @@
 
     python data.py planted --out DIR [--seed 0 --users 240 --null]   a synthetic shop whose profiles are known
     python data.py ml-100k --out DIR [--raw DIR]                     MovieLens-100K
+    python data.py amazon14:X --out DIR [--raw DIR --users N --new]  reviews of a category X, also amazon18:X, amazon23:X
+    python data.py nete:PATH --out DIR                               Movies, Clothing, Yelp … in NETE's and PEPLER's layout
+    python data.py bench [--rows 1000000 --out FILE]                 the speed of reading reviews
     python data.py lm --out DIR [--name MODEL]                       a causal LM as a Hugging Face folder
 
 A dataset function yields a Dataset: interaction columns and item attributes. `prepare` does the rest for all:
@@ -12,7 +15,8 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
                       split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, a newcomer's known rows, and
                       4, not used), users str [N]
     evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
-    meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above
+    meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above; of real
+                      sets also what was read and refused (parse) and the files it came from (raw, decompressed)
     truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
                       evidence or fields
     new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
@@ -21,19 +25,26 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import hashlib
+import html
 import http.client
 import io
 import json
+import lzma
+import mmap
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
+from array import array
+from collections import Counter
 from pathlib import Path
 from time import sleep
 from typing import NamedTuple
@@ -76,7 +87,7 @@ PRICE_WORDS = ["cheap", "mid-range", "expensive"]
 
 # One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
 # before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
-# "price" or "verdict" (the kind's own name); rows, of the sample only the "liked" (rating > 3) or "disliked" ones
+# "price", "verdict", "feature" or "person" (the kind's own name); rows, of the sample only the "liked" (rating > 3) or "disliked" ones
 # (all); most, rows in a user's sample (--evidence).
 LAYOUTS = {
     "planted": {
@@ -95,6 +106,27 @@ LAYOUTS = {
             "verdict": {"lead": "Compared with other viewers, the user finds films", "view": ["background"]},
         },
     },
+    "amazon": {
+        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of buying is"},
+        "kinds": {
+            "title": {"lead": "The user bought", "view": ["hobby"]},
+            "category": {"lead": "The user shops for", "view": ["hobby"]},
+            "brand": {"lead": "The user buys products by", "view": ["hobby"]},
+            "price": {"lead": "The price the user paid was", "view": ["background"]},
+            "verdict": {"lead": "Compared with other buyers, the user finds products", "view": ["background"]},
+        },
+    },
+    "nete": {
+        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of choosing is"},
+        "kinds": {
+            "category": {"lead": "The user goes for", "view": ["hobby"]},
+            "brand": {"lead": "The user chooses", "view": ["hobby"]},
+            "feature": {"lead": "The user's reviews speak of", "view": ["hobby"]},
+            "price": {"lead": "The price the user paid was", "view": ["background"]},
+            "person": {"lead": "The user's account shows", "view": ["background"], "most": 1},
+            "verdict": {"lead": "Compared with others, the user finds things", "view": ["background"]},
+        },
+    },
 }
 
 
@@ -106,6 +138,9 @@ class Dataset(NamedTuple):
     time: np.ndarray             # int64 [R], seconds
     items: dict[str, dict]       # item → title, category, brand: str or None; price: float or None
     truth: dict[str, dict] = {}  # profile → {user: class}, where it is known
+    notes: np.ndarray | None = None        # object [R]: what a row's review speaks of, a text or None
+    people: dict[str, list[str]] = {}      # user → texts, known beside the rows
+    about: dict[str, dict] = {}            # for meta.json: counts of reading (parse), sha256 and bytes of files (raw)
 
 
 # ------------------------------------------------------------------------------------------- the planted shop
@@ -275,6 +310,423 @@ def recbole(raw: Path) -> tuple[list, dict, dict]:
     return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
 
 
+# ------------------------------------------------------------------------------- files from others: their limits
+
+LINE = 1 << 20                                   # most bytes of a line
+LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most bytes and brackets, deepest nesting
+SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
+DOCUMENT, PICKLE, STEPS = 1 << 25, 1 << 29, 10 ** 6  # most bytes of a JSON file and of a pickle; its steps per rows
+NAME, TITLE = 64, 60                             # longest id and text, in characters
+TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
+          RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what such files make readers raise
+
+
+class Stream(io.RawIOBase):
+    """The bytes of a file, a .gz decompressed: hashed and counted on their way, never more than the cap.
+
+    Fault 4: it is cut, broken, or swells beyond the cap.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.sha, self.bytes = path, open(path, "rb"), hashlib.sha256(), 0
+        self.source = gzip.GzipFile(fileobj=self.file) if path.suffix == ".gz" else self.file
+        size = path.stat().st_size
+        self.cap, self.bar = max(SMALL, SWELL * size), Progress(desc=path.name, total=size, unit="B", unit_scale=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            count = self.source.readinto(buffer)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Fault(4, f"{self.path} is cut or broken ({error}): remove it") from None
+        self.bytes += count
+        if self.bytes > self.cap:
+            raise Fault(4, f"{self.path} decompresses to more than {self.cap:,} bytes: it is no data set")
+        self.sha.update(memoryview(buffer)[:count])
+        self.bar.update(self.file.tell() - self.bar.n)
+        return count
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        super().close()
+
+    def about(self) -> dict:
+        return {self.path.name: {"sha256": self.sha.hexdigest(), "bytes": self.bytes}}
+
+    def lines(self):
+        """Each line; None in place of one longer than LINE."""
+        with io.BufferedReader(self, 1 << 18) as reader:
+            while line := reader.readline(LINE):
+                long = len(line) == LINE and line[-1:] != b"\n"
+                while long and (rest := reader.readline(LINE)) and rest[-1:] != b"\n":
+                    pass
+                yield None if long else line
+
+
+class Refused(Exception):
+    """Why a row or a line is left out."""
+
+
+def whole(line: bytes | None) -> bytes:
+    if line is None:
+        raise Refused("too long")
+    return line
+
+
+class Columns:
+    """Rows while they are read, 20 bytes each."""
+
+    def __init__(self):
+        self.users, self.items = {}, {}                                            # id → place
+        self.user, self.item, self.rating, self.time = array("i"), array("i"), array("f"), array("q")
+
+    def add(self, user, item, rating, time) -> None:
+        """One row. Refused: it is not what a Dataset holds."""
+        if type(rating) not in (float, int) or not 1 <= rating <= 5:
+            raise Refused("rating is not 1 to 5")
+        if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
+            raise Refused("time is not in 1995 to 2099")
+        if type(user) is not str or user not in self.users:
+            self.users[named(user, "user")] = len(self.users)
+        if type(item) is not str or item not in self.items:
+            self.items[named(item, "item")] = len(self.items)
+        self.user.append(self.users[user])
+        self.item.append(self.items[item])
+        self.rating.append(rating)
+        self.time.append(time)
+
+    def dataset(self, items: dict, counts: dict, raw: dict, notes: list | None = None, people: dict = {}) -> Dataset:
+        """The rows, of each (user, item) the first in time only. items: what is known of some of them."""
+        user, item, rating, time = (np.array(column) for column in (self.user, self.item, self.rating, self.time))
+        order = np.lexsort((time, item, user))                                     # stable: ties as in the file
+        again = np.zeros(len(order), bool)
+        again[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
+        exact = again[1:] & (np.diff(time[order]) == 0)
+        keep = np.sort(order[~again])
+        about = {name: {**UNKNOWN, **items.get(name, {})} for name in self.items}
+        share = lambda key: round(float(np.mean(np.array([one[key] is not None for one in about.values()])[item])), 4)
+        counts = {**counts, "rows": len(user), "duplicates": int(exact.sum()), "repeats": int(again.sum() - exact.sum()),
+                  "pairs": len(keep), "users": len(np.unique(user)), "items": len(np.unique(item)),
+                  "with_price": share("price"), "with_brand": share("brand")}
+        for one in about.values():
+            one["brand"] = one["brand"] or one["category"]
+        return Dataset(np.array(list(self.users))[user[keep]], np.array(list(self.items))[item[keep]], rating[keep],
+                       time[keep], about, {}, np.array(notes, object)[keep] if notes else None, people,
+                       {"parse": counts, "raw": raw})
+
+
+UNKNOWN = {"title": None, "category": None, "brand": None, "price": None}
+
+
+def named(name, what: str) -> str:
+    """An id. Refused: it is no text, empty, long, or would not come back the same from an array or a file."""
+    if type(name) is not str or not 0 < len(name) <= NAME or not name.isprintable():
+        raise Refused(f"{what} is missing or no id")
+    return name
+
+
+def tally(path: Path, rows, take, what: str) -> dict:
+    """take(row) for all rows -> counts: lines, refused {reason: n}.
+
+    Fault 4: there is none, or more than half of them are refused; it names the first.
+    """
+    refused, first, number = Counter(), None, 0
+    for number, row in enumerate(rows, 1):
+        try:
+            take(row)
+        except Refused as why:
+            reason = str(why)
+        except (ValueError, RecursionError):
+            reason = "not readable"
+        except AttributeError:
+            reason = "not an object"
+        else:
+            continue
+        refused[reason] += 1
+        first = first or f"line {number}: {reason}"
+    if 2 * sum(refused.values()) > number or not number:
+        raise Fault(4, f"{path}: {sum(refused.values())} of {number} {what} cannot be used ({first or 'it is empty'})")
+    return {"lines": number, "refused": dict(sorted(refused.items()))}
+
+
+TOKEN = re.compile(rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
+                   rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)  # an open text ends the line: linear time
+
+
+def literal(line: bytes):
+    """A Python literal of texts, numbers, None and containers, as ast.literal_eval reads it, within the limits."""
+    marks, depth = TOKEN.sub(b"", line).translate(None, b" \t\r\n,:"), 0
+    if max(len(line) / LITERAL, len(marks) / LISTS) > 1:
+        raise Refused("too long")
+    for mark in marks:
+        depth += (mark in b"[{(") - (mark in b"]})")
+        if mark not in b"[]{}()" or depth > DEPTH:
+            raise Refused("not a plain literal" if depth <= DEPTH else "nested too deep")
+    try:
+        return ast.literal_eval(line.decode().strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise Refused("not readable") from None
+
+
+def clean(text, most: int = TITLE) -> str | None:
+    """A text for a prompt: one line, entities resolved, cut between words; None where it is none, or mark-up."""
+    text = html.unescape(text[:1000]) if isinstance(text, str) else ""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(text) > most:
+        text = text[:most].rpartition(" ")[0] or text[:most]
+    return None if not text or re.search("[<{]", text) else text
+
+
+def price_of(value) -> float | None:
+    """25.0 of 25.0, "25" or "$25.00"; None of what is no single price above 0 and up to a million dollars."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,4})?", value.strip(), re.A)
+        value = float(found[0].strip("$").replace(",", "")) if found else None
+    return float(value) if type(value) in (float, int) and 0 < value <= 1e6 else None
+
+
+def product(row: dict) -> dict:
+    """What a record of any generation tells of an item: title, leaf category, brand, price; None where unknown."""
+    path = row.get("categories") or row.get("category") or []
+    path = path.split(",") if isinstance(path, str) else path
+    path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
+    leaf = [text for text in map(clean, path if isinstance(path, list) else []) if text][-1:]
+    brand = row.get("brand")
+    if "parent_asin" in row:                                                       # 2023
+        details = row.get("details")
+        try:
+            details = json.loads(details) if isinstance(details, str) else details
+        except (ValueError, RecursionError):
+            details = None
+        brand = clean(details.get("Brand") if isinstance(details, dict) else None) or row.get("store")
+    return {"title": clean(row.get("title")), "brand": clean(brand), "price": price_of(row.get("price")),
+            "category": leaf[0] if leaf else clean(row.get("main_cat")) or clean(row.get("main_category"))}
+
+
+# ------------------------------------------------------------------------------------------------ Amazon reviews
+
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
+SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw"
+OLD_KEYS = "reviewerID asin overall unixReviewTime"
+AMAZON = {  # generation → addresses of its reviews, of its items; keys of user, item, rating, time; times per second
+    "amazon14": ([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, 1),
+    "amazon18": ([f"{UCSD}/amazon_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}/amazon_v2/metaFiles2/meta_%s.json.gz"],
+                 OLD_KEYS, 1),
+    "amazon23": ([f"{UCSD}/amazon_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
+                 [f"{UCSD}/amazon_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
+                 "user_id parent_asin rating timestamp", 1000)}
+
+
+def amazon(generation: str, category: str, raw: Path) -> Dataset:
+    """A category of Amazon's reviews of 2014, 2018 (both as their 5-core) or 2023 (all), from files in raw/.
+
+    Fault 3: a file cannot be had; 4: it is broken, or not such a file.
+    """
+    *addresses, keys, unit = AMAZON[generation]
+    reviews, meta = (download([url % category for url in urls], raw / urls[0].rpartition("/")[2].replace("%s", category))
+                     for urls in addresses)
+    columns, counts, read = read_reviews(reviews, keys.split(), unit)
+    items, of_items, read_too = read_items(meta, columns.items, keys.split()[1], generation == "amazon14")
+    return columns.dataset(items, {**counts, "items_file": of_items}, {**read, **read_too})
+
+
+def read_reviews(path: Path, keys: list[str], unit: int) -> tuple[Columns, dict, dict]:
+    """The rows of a file of JSON lines, the counts of `tally`, the file's bytes and sha256 (decompressed)."""
+    columns, stream, loads = Columns(), Stream(path), json.loads
+    user, item, rating, time = keys
+    add, per_second = columns.add, unit > 1
+
+    def take(line):
+        get = loads(whole(line)).get
+        when = get(time)
+        add(get(user), get(item), get(rating), when // unit if per_second and type(when) is int else when)
+
+    return columns, tally(path, stream.lines(), take, "lines"), stream.about()
+
+
+def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict, dict]:
+    """item → product, of the wanted ones, each as told first; counts, and the file's bytes and sha256."""
+    items, stream, counts = {}, Stream(path), Counter(unused=0, repeats=0)
+
+    def take(line):
+        row = (literal if literals else json.loads)(whole(line))
+        name = named(row.get(key), "item")
+        if name not in wanted or name in items:
+            counts["repeats" if name in wanted else "unused"] += 1
+        else:
+            items[name] = product(row)
+
+    found = tally(path, stream.lines(), take, "lines")
+    return items, {**found, **counts}, stream.about()
+
+
+# --------------------------------------------------------------------------------------------------- NETE layout
+
+COUNTS = {"review_count": "reviews", "useful": "useful votes", "funny": "funny votes", "cool": "cool votes"}
+
+
+def nete(folder: Path) -> Dataset:
+    """A data set as NETE and PEPLER lay it out: reviews.pickle, item.json, and for Yelp user.json.
+
+    It has no times: a row's place in the file stands for its time. Fault 3: a file is missing; 4: it is broken.
+    """
+    columns, notes = Columns(), []
+
+    def take(row):
+        user, item = (str(name) if type(name) is int else name for name in (row.get("user"), row.get("item")))
+        columns.add(user, item, row.get("rating"), NEW_YEAR + len(notes))
+        template = row.get("template")
+        notes.append(clean(template[0]) if isinstance(template, (tuple, list)) and template else None)
+
+    path = folder / "reviews.pickle"
+    counts = tally(path, unpickled(path), take, "rows")
+    raw = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size}}
+    items, of_items = read_list(folder / "item.json", "item", product, raw)
+    people, of_users = {}, None
+    if (folder / "user.json").exists():
+        known, of_users = read_list(folder / "user.json", "user", dict, raw)
+        people = habits({user: known[user] for user in columns.users if user in known})
+    return columns.dataset(items, {**counts, "items_file": of_items, "users_file": of_users}, raw, notes, people)
+
+
+def read_list(path: Path, key: str, about, raw: dict) -> tuple[dict, dict]:
+    """id → about(record), of a file with a list of records, and counts. raw: gets the file's sha256."""
+    found, stream = {}, Stream(path)
+    with stream:
+        text = io.BufferedReader(stream).read(DOCUMENT + 1)
+        try:
+            rows = json.loads(text) if len(text) <= DOCUMENT else None
+        except (ValueError, RecursionError) as error:
+            raise Fault(4, f"{path} is no JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise Fault(4, f"{path} is not a list of records of up to {DOCUMENT:,} bytes")
+    raw.update(stream.about())
+
+    def take(row):
+        name = row.get(key)
+        found.setdefault(named(str(name) if type(name) is int else name, key), about(row))
+
+    return found, tally(path, rows, take, "records")
+
+
+def habits(people: dict[str, dict]) -> dict[str, list[str]]:
+    """user → texts such as "many useful votes": the thirds of the users by each count (ours)."""
+    told = {user: [] for user in people}
+    for key, what in COUNTS.items():
+        known = {user: row[key] for user, row in people.items()
+                 if type(row.get(key)) in (int, float) and 0 <= row[key] <= 1e9}
+        cuts = np.quantile(list(known.values()), [1 / 3, 2 / 3]) if known else ()
+        for user, count in known.items():
+            told[user].append(f"{('few', 'some', 'many')[int(np.searchsorted(cuts, count))]} {what}")
+    return told
+
+
+def unpickled(path: Path):
+    """Each item of the list in a pickle, read without pickle: lists, dicts, tuples, texts, numbers and None only.
+
+    Nothing else is ever made, and nothing called. Memory: the texts, and the items of one batch. Fault 4: other
+    things, or broken.
+    """
+    try:
+        if path.stat().st_size > PICKLE:
+            raise Fault(4, f"{path} is larger than {PICKLE:,} bytes")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            with Progress(desc=path.name, total=len(code), unit="B", unit_scale=True) as bar:
+                yield from run_pickle(code, bar)
+    except FileNotFoundError:
+        raise Fault(3, f"{path} is missing: data sets in this layout are to be had by hand only") from None
+    except BROKEN as error:
+        raise Fault(4, f"{path} is no plain pickle of rows, or broken ({type(error).__name__}: {error})") from None
+
+
+def run_pickle(code, bar):
+    """The items of the outermost list, batch by batch. The memo keeps texts only: no row is told twice."""
+    stack, marks, memo, at, steps = [], [], [], 0, 0
+
+    def number(form: str):
+        nonlocal at
+        at += struct.calcsize(form)
+        return struct.unpack_from(form, code, at - struct.calcsize(form))[0]
+
+    def taken(size: int) -> bytes:
+        nonlocal at
+        if size > min(LINE, len(code) - at):
+            raise ValueError("a text is cut or too long")
+        at += size
+        return code[at - size:at]
+
+    def put(place: int) -> None:
+        if place != len(memo):
+            raise ValueError("the memo is out of order")
+        memo.append(stack[-1] if type(stack[-1]) is str else None)
+
+    def get(place: int) -> None:
+        if memo[place] is None:
+            raise ValueError("something but a text is told twice")
+        stack.append(memo[place])
+
+    def popped(count: int | None = None) -> list:
+        start = marks.pop() if count is None else len(stack) - count
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def update(items: list) -> None:
+        if type(stack[-1]) is not dict or any(type(key) is not str for key in items[::2]):
+            raise ValueError("a dict with other keys than texts")
+        stack[-1].update(zip(items[::2], items[1::2]))
+
+    push, text = stack.append, lambda form: stack.append(taken(number(form)).decode("utf-8", "replace"))
+    run = {
+        "\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
+        "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()), "N": lambda: push(None),
+        "\x88": lambda: push(True), "\x89": lambda: push(False), "K": lambda: push(number("<B")),
+        "M": lambda: push(number("<H")), "J": lambda: push(number("<i")), "G": lambda: push(number(">d")),
+        "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
+        "X": lambda: text("<I"), "\x8c": lambda: text("<B"), "q": lambda: put(number("<B")),
+        "r": lambda: put(number("<I")), "\x94": lambda: put(len(memo)), "h": lambda: get(number("<B")),
+        "j": lambda: get(number("<I")), "t": lambda: push(tuple(popped())), "\x85": lambda: push(tuple(popped(1))),
+        "\x86": lambda: push(tuple(popped(2))), "\x87": lambda: push(tuple(popped(3))),
+        "s": lambda: update(popped(2)), "u": lambda: update(popped()),
+        "a": lambda: stack[-2].append(popped(1)[0]), "e": lambda: (lambda items: stack[-1].extend(items))(popped())}
+    run = {ord(name): step for name, step in run.items()}
+    while code[at] != ord("."):
+        at, steps, name = at + 1, steps + 1, code[at]
+        if name not in run or steps > STEPS:
+            raise ValueError(f"{chr(name)!r} is not allowed" if name not in run else "a row is too large")
+        run[name]()
+        if name in b"ae" and len(stack) == 1:
+            yield from stack[0]
+            stack[0].clear()
+            steps = 0
+            bar.update(at - bar.n)
+    if len(stack) != 1 or type(stack[0]) is not list:
+        raise ValueError("it holds no list")
+
+
+# --------------------------------------------------------------------------------------- what real sets share
+
+def narrow(data: Dataset, k_user: int, k_item: int, users: int | None, seed: int) -> Dataset:
+    """The k-core of all rows, as the published 5-cores are made (it chooses who is in the data set; whatever is
+    fitted later is fitted on training rows), then all rows of `users` of its users, by a hash of seed and id (ours).
+    """
+    keep = k_core(data.user, data.item, k_user, k_item)
+    names = np.unique(data.user[keep])
+    if users is not None:
+        keep &= np.isin(data.user, names[np.argsort(row_keys(names, seed))[:users]])
+    if not keep.any():
+        raise Fault(4, f"no user has {k_user} rows whose items have {k_item}: lower --k-user or --k-item")
+    user, item, rating, time = (column[keep] for column in data[:4])
+    kept = {"rows": len(user), "users": len(np.unique(user)), "users_of": len(names), "items": len(np.unique(item))}
+    return data._replace(user=user, item=item, rating=rating, time=time, notes=data.notes if data.notes is None else
+                         data.notes[keep], about={**data.about, "kept": kept})
+
+
 # ----------------------------------------------------------------------- split, k-core, vocabulary, evidence
 
 def row_keys(*columns) -> np.ndarray:
@@ -429,7 +881,8 @@ def prepare(data: Dataset, layout: dict, *, k_user: int = 1, k_item: int = 2, ev
 
     verdicts = Verdicts(item[train], rating[train])
     texts = tell(layout, Rows(user, item, rating, row_keys(user, item, time, seed), bought), told[rows], evidence,
-                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]))
+                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]),
+                 feature=lambda r: data.notes[rows[r]], person=lambda r: data.people.get(user[r]))
     return Prepared(arrays, texts, ["user", "item", *fields], sizes)
 
 
@@ -516,7 +969,7 @@ def statistics(ready: Prepared) -> dict:
             "evidence_texts": sum(len(texts) for kinds in ready.evidence.values() for texts in kinds.values())}
 
 
-def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict) -> dict:
+def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict, about: dict = {}) -> dict:
     """Write the data folder; meta.json, which vouches for the other files, goes last. -> the statistics."""
     arrays, stats, users = ready.arrays, statistics(ready), ready.arrays["users"].tolist()
     for old in ("meta.json", "truth.npz"):
@@ -531,7 +984,7 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
         publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
     publish_json(out / "meta.json", {
         "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
-        "stats": stats, "seed": config["seed"], "config": config})
+        "stats": stats, "seed": config["seed"], "config": config, **about})
     return stats
 
 
@@ -542,7 +995,8 @@ def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: di
         folder, known = out / "new" / (f"n{n}" if n else ""), (parts == 3) & (rank < n)
         ready = prepare(data, layout, parts=np.where((parts == 3) & ~known, 4, parts), told=known if n else None, **fit)
         folder.mkdir(parents=True, exist_ok=True)
-        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {})
+        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {},
+             data.about)
 
 
 # --------------------------------------------------------------------------------------------------- download
@@ -550,18 +1004,33 @@ def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: di
 TRIES, PAUSE = 5, 1.0  # requests in a row that bring nothing new; seconds after the first, then doubled
 
 
-def download(url: str, path, sha256: str | None = None) -> Path:
-    """Fetch url to path; a file that is there and good costs no request (ours).
+def download(urls, path, sha256: str | None = None) -> Path:
+    """Fetch the file from the first of the addresses (a str, or several) that has it, to path (ours).
 
-    The bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed.
-    UIP_MIRROR=http://host/dir replaces scheme, host and folder of the url. Fault 3: it cannot be had; 2: the
-    address is not https.
+    A file that is there and good costs no request. Each further address keeps its own file name, beside path.
+    UIP_MIRROR=http://host/dir replaces scheme, host and folder of each. Fault 3: it cannot be had; 2: an address is
+    not https.
     """
-    path, source = Path(path), mirrored(url)
-    if path.exists() and (sha256 is None or digest(path) == sha256):
-        return path
+    urls, path = [urls] if isinstance(urls, str) else urls, Path(path)
+    places = [path, *(path.with_name(urlsplit(url).path.rpartition("/")[2]) for url in urls[1:])]
+    for place in places:
+        if place.exists() and (sha256 is None or digest(place) == sha256):
+            return place
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, tries, best = path.with_name(path.name + ".part"), 0, 0
+    failed = []
+    for url, place in zip(urls, places):
+        try:
+            return persist(url, place, sha256)
+        except Fault as why:
+            if why.code != 3:
+                raise
+            failed.append(str(why))
+    raise Fault(3, f"{path.name} cannot be had: {'; '.join(failed)}. Got by hand, it goes to {path}")
+
+
+def persist(url: str, path: Path, sha256: str | None) -> Path:
+    """Fetch url: the bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed."""
+    source, part, tries, best = mirrored(url), path.with_name(path.name + ".part"), 0, 0
     while True:
         resumed = part.exists()
         try:
@@ -579,7 +1048,7 @@ def download(url: str, path, sha256: str | None = None) -> Path:
         tries, best = (1, size) if size > best else (tries + 1, best)
         if final or tries >= TRIES:
             tried = source if source == url else f"{source} (UIP_MIRROR, in place of {url})"
-            raise Fault(3, f"{path.name} cannot be had: {why}. Tried {tried}. Got by hand, it goes to {path}")
+            raise Fault(3, f"{why}, tried {tried}")
         sleep(PAUSE * 2 ** (tries - 1))
 
 
@@ -796,48 +1265,86 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def category(text: str) -> str:
+    """An argparse type: a category of Amazon, which becomes part of file names."""
+    if not re.fullmatch("[A-Za-z0-9_]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits and _")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="dataset", required=True, metavar="planted | ml-100k | lm")
-    p = commands.add_parser("planted", allow_abbrev=False, help="a synthetic shop whose profiles are known")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of shop, users and evidence sample [0]")
+    commands = parser.add_subparsers(dest="dataset", required=True,
+                                     metavar="planted | ml-100k | amazonYY:X | nete:PATH | lm | bench")
+
+    def dataset(name: str, about: str, told: str, k_user: int, k_item: int, of: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, allow_abbrev=False, help=about)
+        p.add_argument("--out", type=Path, required=True, help="folder to write")
+        p.add_argument("--seed", type=number(int, 0), default=0, help="of whatever is drawn [0]")
+        p.add_argument("--evidence", type=number(int, 0), default=8, help=f"{told} told per user and kind [8]")
+        p.add_argument("--k-user", type=number(int, 1), default=k_user, help=f"drop users of fewer {of} [{k_user}]")
+        p.add_argument("--k-item", type=number(int, 1), default=k_item, help=f"and items of fewer [{k_item}]")
+        return p
+
+    p = dataset("planted", "a synthetic shop whose profiles are known", "training purchases", 1, 2, "training rows")
     p.add_argument("--users", type=number(int, 1), default=240, help="how many, before the k-core [240]")
     p.add_argument("--noise", type=number(float, 0, 1), default=0.2, help="P(a row ignores a profile) [0.2]")
     p.add_argument("--null", action="store_true", help="the same shop, where behaviour ignores the profiles")
-    p.add_argument("--evidence", type=number(int, 0), default=8, help="training purchases told per user [8]")
-    p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
-    p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
-    p = commands.add_parser("ml-100k", allow_abbrev=False, help="MovieLens-100K, with a split by users in new/")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p = dataset("ml-100k", "MovieLens-100K, with a split by users in new/", "rated films", 1, 2, "training rows")
     p.add_argument("--raw", type=Path, help="folder with ml-100k.zip, if got by hand [OUT/raw]")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of evidence sample and new users [0]")
-    p.add_argument("--evidence", type=number(int, 0), default=8, help="rated films told per user and kind [8]")
-    p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
-    p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
+    for name in REAL:
+        k, kind = (1, Path) if name == "nete" else (5, category)
+        p = dataset(name, f"{name}:{'PATH, a folder in its layout' if k == 1 else 'X, a category of reviews'}",
+                    "training rows", k, k, "rows")
+        p.add_argument("what", type=kind, help=argparse.SUPPRESS)
+        p.add_argument("--users", type=number(int, 1), help="a sample of so many users [all]")
+        p.add_argument("--new", action="store_true", help="a split by users, too, in new/")
+        if k == 5:
+            p.add_argument("--raw", type=Path, help="folder with the files, if got by hand [OUT/raw]")
     p = commands.add_parser("lm", allow_abbrev=False, help="a causal LM as a Hugging Face folder")
     p.add_argument("--out", type=Path, required=True, help="folder to make")
     p.add_argument("--name", default=DEFAULT_LM, help=f"a model of the hub [{DEFAULT_LM}]")
     return parser
 
 
+REAL = [*AMAZON, "nete"]
+
+
+def real(name: str, what, out: Path, args: dict) -> tuple[str, Dataset]:
+    """The name of a data set of reviews, and its rows in the k-core."""
+    if name == "nete":
+        data, name = nete(what), f"nete:{what.resolve().name}"
+    else:
+        data, name = amazon(name, what, args["raw"] or out / "raw"), f"{name}:{what}"
+    return name, narrow(data, *(args[key] for key in ("k_user", "k_item", "users", "seed")))
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = vars(build_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].partition(":")[0] in REAL:
+        words[:1] = words[0].split(":", 1)                              # a command and its first argument
+    args = vars(build_parser().parse_args(words))
     name, out = args.pop("dataset"), args.pop("out")
     try:
         if name == "lm":
             lm(out, args["name"])
             return
         out.mkdir(parents=True, exist_ok=True)
-        fit, raw = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, args.pop("raw", None)
+        fit, layout = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, re.sub("amazon..", "amazon", name)
         if name == "planted":
             data = planted(args["seed"], args["users"], args["noise"], args["null"])
+        elif name == "ml-100k":
+            data = ml_100k(args.pop("raw") or out / "raw")
         else:
-            data = ml_100k(raw or out / "raw")
-            save_newcomers(out, name, data, LAYOUTS[name], args, fit)
-        ready = prepare(data, LAYOUTS[name], **fit)
-        print(json.dumps(save(out, name, ready, LAYOUTS[name], args, data.truth)))
+            name, data = real(name, args.pop("what"), out, args)
+            args.pop("raw", None)
+            fit = {key: fit[key] for key in ("evidence", "seed")}
+            print(json.dumps(data.about, indent=1))
+        if args.pop("new", name == "ml-100k"):
+            save_newcomers(out, name, data, LAYOUTS[layout], args, fit)
+        ready = prepare(data, LAYOUTS[layout], **fit)
+        print(json.dumps(save(out, name, ready, LAYOUTS[layout], args, data.truth, data.about)))
     except OSError as error:
         raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
 
