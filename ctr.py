@@ -583,6 +583,7 @@ def run(args) -> None:
         raise Fault(2, "--drop leaves no field")
     bank = read_bank(args.bank, data.users) if args.bank else Bank(None, [4, 3], None, None)
     codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None}
+    raw = read_json(Path(args.data) / "meta.json").get("raw")             # sha256 of the files the data came from
     command = shlex.join(["python", "ctr.py", *sys.argv[1:]])
     if args.restart:
         for path in results(Path(args.out)):
@@ -596,7 +597,7 @@ def run(args) -> None:
         ids = bool(uses & {"userip", "shuffled"})
         setting = {"dataset": data.name, "model": model, "features": feature, "seed": seed,
                    "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
-                   "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256,
+                   "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256, "raw": raw,
                    "bank": bank.about if ids else None, "lm": bank.lm if ids else None}
         setting = json.loads(json.dumps(setting))                        # tuples become lists, as in the file
         path = Path(args.out) / f"{model}_{feature}_{seed}.json"

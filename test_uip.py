@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1391,6 +1393,147 @@ def test_data_ml_100k_readers_agree_and_refuse_another_file(tmp_path, monkeypatc
     assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
 
 
+def amazon_lines(generation):
+    """Reviews with what is refused of them and why, and meta lines; every reason at least once, all by hand."""
+    keys, ms = ("user_id parent_asin rating timestamp", 1000) if generation == "amazon23" else (
+        "reviewerID asin overall unixReviewTime", 1)
+    row = lambda *values: json.dumps(dict(zip(keys.split(), values))).encode()
+    day = lambda n: (1_400_000_000 + n * 86_400) * ms
+    good = [row(f"u{u}", f"i{i}", (u + i) % 5 + 1.0, day(10 * u + i)) for u in range(4) for i in range(4)]
+    reviews = [*good, good[0],                                           # a duplicate, and below a later repeat of a pair
+               row("u1", "i1", 5.0, day(99)), b"{no JSON", b"\xff\xfe", b"[" * 99_999, b"[1, 2]", b"null",
+               row(None, "i1", 5, day(0)), row("", "i1", 5, day(0)), row("u1", 7, 5, day(0)), row("u1", "i" * 65, 5, day(0)),
+               row("u1\n", "i1", 5, day(0)), row("u1", "i1", 0, day(0)), row("u1", "i1", math.nan, day(0)),
+               row("u1", "i1", "5", day(0)), row("u1", "i1", True, day(0)), row("u1", "i1", 10 ** 400, day(0)),
+               row("u1", "i1", 5, -1), row("u1", "i1", 5, 10 ** 17), row("u1", "i1", 5, 1.5), b'{"a": "' + b"x" * data.LINE + b'"}']
+    refused = {"item is missing or no id": 2, "not an object": 2, "not readable": 3, "rating is not 1 to 5": 5,
+               "time is not in 1995 to 2099": 3, "too long": 1, "user is missing or no id": 3}
+    metas = {"amazon14": [
+        {"asin": "i0", "title": "Tom &amp; Jerry's \"cat\"", "price": 3.5, "brand": "Acme", "categories": [["Toys", "Cats"], ["Z"]]},
+        {"asin": "i1", "title": "x" * 999, "categories": [["Toys"]]}, {"asin": "i2", "price": -1.0, "categories": [[]]}],
+        "amazon18": [
+        {"asin": "i0", "title": "Tom &amp; Jerry's \"cat\"", "price": "$3.50", "brand": "Acme", "category": ["Toys", "Cats", "<p>"]},
+        {"asin": "i1", "title": "x" * 999, "price": "$1.00 - $3.00", "brand": "", "category": ["Toys"]},
+        {"asin": "i2", "title": "<script>var a", "price": ".a{color: #fff} $5", "brand": "\n", "category": [], "main_cat": ""}],
+        "amazon23": [
+        {"parent_asin": "i0", "title": "Tom &amp; Jerry's \"cat\"", "price": 3.5, "store": "Shop", "details": '{"Brand": "Acme"}',
+         "categories": ["Toys", "Cats"]},
+        {"parent_asin": "i1", "title": "x" * 999, "price": "None", "store": None, "details": "{no", "categories": [],
+         "main_category": "Toys"},
+        {"parent_asin": "i2", "price": None, "details": {"Size": 1}, "categories": None}]}[generation]
+    write = (lambda one: repr(one).encode()) if generation == "amazon14" else (lambda one: json.dumps(one).encode())
+    other = {**metas[0], keys.split()[1]: "i9"}
+    return reviews, refused, [write(one) for one in (*metas, metas[0], other, {"title": "no id"})] + [b"nothing"]
+
+
+@pytest.mark.parametrize("generation, names", [
+    ("amazon14", ("reviews_Toys_5.json.gz", "meta_Toys.json.gz")), ("amazon18", ("Toys_5.json.gz", "meta_Toys.json.gz")),
+    ("amazon23", ("Toys.jsonl", "meta_Toys.jsonl.gz"))])
+def test_data_amazon_counts_what_it_refuses_and_why(generation, names, tmp_path, capsys):
+    """Files got by hand: no request. Of 2023 the mirror's name, which is not compressed, does as well."""
+    reviews, refused, metas = amazon_lines(generation)
+    raw, sha = tmp_path / "raw", {}
+    raw.mkdir()
+    for name, lines in zip(names, (reviews[:17] + reviews[17:] + reviews[1:16], metas)):
+        body = b"\n".join(lines)
+        (raw / name).write_bytes(gzip.compress(body) if name.endswith("gz") else body)
+        sha[name] = {"sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
+    command = [f"{generation}:Toys", "--out", str(tmp_path / "out"), "--raw", str(raw)]
+    data.main([*command, "--k-user", "1", "--k-item", "1"])
+    stats, meta = json.loads(capsys.readouterr().out.splitlines()[-1]), json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["stats"] == stats and stats["rows"] == 16 and meta["raw"] == sha and meta["name"] == f"{generation}:Toys"
+    assert meta["parse"] == {
+        "lines": 52, "refused": refused, "rows": 33, "duplicates": 16, "repeats": 1, "pairs": 16, "users": 4, "items": 4,
+        "items_file": {"lines": 7, "refused": {"item is missing or no id": 1, "not readable" if generation != "amazon14" else
+                                               "not a plain literal": 1}, "unused": 1, "repeats": 1},
+        "with_price": round(8 / 33, 4), "with_brand": round(8 / 33, 4)}
+    told = json.loads((tmp_path / "out/evidence.jsonl").read_text().splitlines()[0])["evidence"]
+    assert sorted(told["title"]) == ["Tom & Jerry's \"cat\"", "x" * 60] and told["price"] == ["cheap, $4"]
+    assert sorted(told["brand"]) == ["Acme", "Toys"] and sorted(told["category"]) == ["Cats", "Toys"]
+    data.main([*command, "--users", "2", "--k-user", "4", "--k-item", "4"])
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["kept"] == {"rows": 8, "users": 2, "users_of": 4, "items": 4} and not (tmp_path / "out/new").exists()
+    data.main([*command, "--new", "--k-user", "4", "--k-item", "4"])
+    assert json.loads((tmp_path / "out/new/n1/meta.json").read_text())["raw"] == sha
+    assert code_of(data, [*command, "--k-user", "5", "--k-item", "1"])[0] == 4
+    (raw / names[0]).write_bytes((gzip.compress if names[0].endswith("gz") else bytes)(b"\n".join(reviews[:16] + reviews[18:] * 2)))
+    with pytest.raises(data.Fault, match=r"38 of 54 lines cannot be used \(the first is 17: not readable\)"):
+        data.main(command)
+
+
+@pytest.mark.parametrize("value, price", [
+    ("$25.00", 25), ("$1,299.99", 1299.99), ("25", 25), (0, None), (-3.0, None), (math.inf, None), (math.nan, None), ("", None),
+    (None, None), ("None", None), ("$1.00 - $3.00", None), (".a-box{top: 25px}", None), (True, None), (2e6, None), ([5], None)])
+def test_data_prices_are_one_number_or_unknown(value, price):
+    assert data.price_of(value) == price
+
+
+@pytest.mark.parametrize("line, says", [
+    (b"[" * 21 + b"]" * 21, "nested too deep"), (b"{'a': " + b"-" * 9999 + b"1}", "plain"), (b"[" + b"[]," * 20_000 + b"]", "too long"),
+    (b"__import__('os').getcwd()", "plain"), (b"['a' for a in 'b']", "plain"), (b"1 + 1", "plain"), (b"{'a': '\\", "readable"),
+    (b"'" + b"\\'" * 100_000, "readable"), (b"'" + b"x" * data.LITERAL + b"'", "too long"), (b"{[]: 1}", "readable")])
+def test_data_literals_are_plain_shallow_and_short(line, says):
+    with pytest.raises(data.Refused, match=says):
+        data.literal(line)
+    assert data.literal(b"{'a': [1.5, -2e-3, None, True, (\"it's\", u'\\u00e9')]}\n") == {"a": [1.5, -2e-3, None, True, ("it's", "é")]}
+
+
+def nete_rows(n=40):
+    return [{"user": f"u{r % 5}", "item": r % 8, "rating": r % 5 + 1, "template": ("room" if r % 2 else "food", "nice", f"s{r}", 1)}
+            for r in range(n)]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_data_nete_reads_its_pickle_without_pickle(protocol, tmp_path, capsys):
+    rows = nete_rows(2500) + [{"user": None}, {"user": "u1", "item": "1", "rating": 9}, "text", None]
+    (tmp_path / "reviews.pickle").write_bytes(pickle.dumps(rows, protocol))
+    assert list(data.unpickled(tmp_path / "reviews.pickle")) == rows
+    items = [{"item": 0, "price": 5, "brand": "B", "categories": [["A", "Inns"]]}, {"item": "1", "categories": "Food, Bars"}, 5]
+    (tmp_path / "item.json").write_text(json.dumps(items))
+    people = [{"user": f"u{n}", "review_count": n, "useful": 0} for n in range(5)] + [{"user": "u9", "review_count": 9}]
+    (tmp_path / "user.json").write_text(json.dumps(people))
+    data.main([f"nete:{tmp_path}", "--out", str(tmp_path / "out")])
+    parse = json.loads((tmp_path / "out/meta.json").read_text())["parse"]
+    assert parse["refused"] == {"not an object": 2, "rating is not 1 to 5": 2} and parse["items_file"]["refused"] == {"not an object": 1}
+    assert [parse[key] for key in ("rows", "pairs", "users", "items", "repeats")] == [2500, 40, 5, 8, 2460]
+    assert (parse["with_price"], parse["with_brand"]) == (0.1252, 0.1252)
+    told = [json.loads(line)["evidence"] for line in open(tmp_path / "out/evidence.jsonl")]
+    assert told[0]["person"] == ["few reviews", "few useful votes"] and told[4]["person"][0] == "many reviews"
+    assert set(told[1]["feature"]) == {"room", "food"} and {"Bars", "Inns"} >= set(told[1]["category"])
+    (tmp_path / "item.json").unlink()
+    assert code_of(data, [f"nete:{tmp_path}", "--out", str(tmp_path / "out")])[0] == 3
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("body", [
+    pickle.dumps([{"user": Evil()}]), pickle.dumps([{("a",) * 3: 1}]), pickle.dumps({"rows": []}), pickle.dumps([1])[:-2], b"", b"\x80\x04.",
+    b"\x80\x04]r\xff\xff\xff\xff.", b"\x80\x04]X\xff\xff\xff\xffa.", b"\x80\x04](" + b"]" * 2_000_000 + b"e.", b"\x80\x04]" + b"e" * 9 + b"."])
+def test_data_pickles_of_anything_else_run_nothing(body, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reviews.pickle").write_bytes(body)
+    with pytest.raises(data.Fault, match="no plain pickle") as fault:
+        list(data.unpickled(tmp_path / "reviews.pickle"))
+    assert fault.value.code == 4 and not (tmp_path / "evil").exists()
+
+
+def test_data_bombs_and_cut_files_end_in_a_fault_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SMALL", 1 << 23)
+    zeros, cut, newlines = (tmp_path / f"{name}.gz" for name in ("zeros", "cut", "newlines"))
+    zeros.write_bytes(gzip.compress(bytes(1 << 25)))
+    newlines.write_bytes(gzip.compress(b"\n" * (1 << 25)))
+    cut.write_bytes(gzip.compress(os.urandom(99_999))[:-9])
+    tracemalloc.start()
+    for path, says in ((zeros, "more than"), (newlines, "10001 of 10001"), (cut, "cut or broken")):
+        with pytest.raises(data.Fault, match=says):
+            data.read_reviews(path, data.OLD_KEYS.split(), 1)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
 BODY = bytes(range(256)) * 400
 SHA = hashlib.sha256(BODY).hexdigest()
 
@@ -1491,6 +1634,18 @@ def test_data_download_keeps_no_wrong_file(server, tmp_path):
     for name, body in (("f.gz", zipped), ("f.xml", b"<?xml?>")):
         server.script = lambda reply, _: reply(200, body)
         assert fetched(tmp_path / name) == body
+
+
+def test_data_download_tries_mirrors_in_order_and_names_them_all(server, tmp_path):
+    urls = ["https://one.invalid/a/X.jsonl.gz", "https://two.invalid/b/X.jsonl"]
+    server.script = lambda reply, _: reply(200, BODY) if server.log[-1][0].endswith("l") else reply(404)
+    for _ in range(2):
+        assert data.download(urls, tmp_path / "X.jsonl.gz") == tmp_path / "X.jsonl"
+    assert [path for path, _ in server.log] == ["/dir/X.jsonl.gz", "/dir/X.jsonl"] and len(list(tmp_path.iterdir())) == 1
+    server.script = lambda reply, _: reply(404)
+    done = subprocess.run([sys.executable, data.__file__, "amazon23:X", "--out", str(tmp_path / "o")], text=True, capture_output=True)
+    assert done.returncode == 3 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in ("mcauleylab.ucsd.edu", "huggingface.co", "127.0.0.1", "o/raw/X.jsonl.gz"))
 
 
 @pytest.mark.parametrize("url, mirror", [("http://h.invalid/f", ""), ("https://h.invalid/f", "ftp://h")])
@@ -1600,7 +1755,8 @@ def test_data_failed_command_shows_its_last_lines():
 @pytest.mark.parametrize("words, code", [
     ("tapestry --out o", 2), ("planted", 2), ("planted --out o --users -3", 2),
     ("planted --out o --noise 1.5", 2), ("planted --out o --noise nan", 2), ("planted --out o --evidence x", 2),
-    ("planted --out o --use 3", 2),
+    ("planted --out o --use 3", 2), ("amazon14:../X --out o", 2), ("amazon18 --out o", 2), ("amazon23: --out o", 2),
+    ("amazon19:X --out o", 2), ("nete:none --out o", 3),
     ("planted --out file/o", 3), ("planted --out o --users 5 --k-user 500", 4), ("lm --out file", 2),
     ("lm --out file/o", 3)])
 def test_data_cli_bad_input_is_one_sentence(tmp_path, words, code):
