@@ -250,7 +250,7 @@ def film(title: str, year: str, genres: list[str]) -> dict:
     """Attributes of a film. 'Matrix, The' reads The Matrix; an unknown year or genre is None."""
     moved = re.fullmatch(r"(.*), (The|A|An|Les?|La|Il|Das|Der|Die)", title)
     known = [GENRES.get(name, name.lower()) for name in genres if name not in ("unknown", "unkonwn")]
-    era = next(text for end, text in ERAS.items() if int(year) < end) if year.isdigit() else None
+    era = next((text for end, text in ERAS.items() if int(year) < end), None) if year.isdigit() else None
     return {"title": f"{moved[2]} {moved[1]}" if moved else title, "genres": known,
             "category": known[0] if known else None, "brand": None, "price": None, "era": era}
 
@@ -298,7 +298,7 @@ def grouplens(path: Path) -> tuple[list, dict, dict]:
             raise ValueError("a rating of somebody or something unknown")
         return ratings, films, people
     except BROKEN as error:
-        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({error!r}): remove it") from None
+        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({repr(error)[:200]}): remove it") from None
 
 
 def table(files: zipfile.ZipFile, name: str, mark: str) -> list[list[str]]:
@@ -657,17 +657,12 @@ def unpickled(path: Path):
     except FileNotFoundError:
         raise Fault(3, f"{path} is missing: data sets in this layout are to be had by hand only") from None
     except BROKEN as error:
-        raise Fault(4, f"{path} is no plain pickle of rows, or broken ({type(error).__name__}: {error})") from None
+        raise Fault(4, f"{path} is no plain pickle of rows, or broken ({repr(error)[:200]})") from None
 
 
 def run_pickle(code, bar):
     """The items of the outermost list, batch by batch. The memo keeps texts only: no row is told twice."""
     stack, marks, memo, at, steps = [], [], [], 0, 0
-
-    def number(form: str):
-        nonlocal at
-        at += struct.calcsize(form)
-        return struct.unpack_from(form, code, at - struct.calcsize(form))[0]
 
     def taken(size: int) -> bytes:
         nonlocal at
@@ -686,37 +681,39 @@ def run_pickle(code, bar):
             raise ValueError("something but a text is told twice")
         stack.append(memo[place])
 
-    def popped(count: int | None = None) -> list:
-        start = marks.pop() if count is None else len(stack) - count
+    def popped(start: int) -> list:
         items = stack[start:]
         del stack[start:]
         return items
 
-    def update(items: list) -> None:
-        if type(stack[-1]) is not dict or any(type(key) is not str for key in items[::2]):
-            raise ValueError("a dict with other keys than texts")
-        stack[-1].update(zip(items[::2], items[1::2]))
+    def grow(items: list) -> None:
+        if type(stack[-1]) is dict and all(type(key) is str for key in items[::2]):    # a text's hash costs little
+            stack[-1].update(zip(items[::2], items[1::2]))
+        elif type(stack[-1]) is list:
+            stack[-1].extend(items)
+        else:
+            raise ValueError("something but a list or a dict of texts grows")
 
-    push, text = stack.append, lambda form: stack.append(taken(number(form)).decode("utf-8", "replace"))
-    run = {
-        "\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
-        "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()), "N": lambda: push(None),
-        "\x88": lambda: push(True), "\x89": lambda: push(False), "K": lambda: push(number("<B")),
-        "M": lambda: push(number("<H")), "J": lambda: push(number("<i")), "G": lambda: push(number(">d")),
-        "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
-        "X": lambda: text("<I"), "\x8c": lambda: text("<B"), "q": lambda: put(number("<B")),
-        "r": lambda: put(number("<I")), "\x94": lambda: put(len(memo)), "h": lambda: get(number("<B")),
-        "j": lambda: get(number("<I")), "t": lambda: push(tuple(popped())), "\x85": lambda: push(tuple(popped(1))),
-        "\x86": lambda: push(tuple(popped(2))), "\x87": lambda: push(tuple(popped(3))),
-        "s": lambda: update(popped(2)), "u": lambda: update(popped()),
-        "a": lambda: stack[-2].append(popped(1)[0]), "e": lambda: (lambda items: stack[-1].extend(items))(popped())}
-    run = {ord(name): step for name, step in run.items()}
-    while code[at] != ord("."):
-        at, steps, name = at + 1, steps + 1, code[at]
-        if name not in run or steps > STEPS:
-            raise ValueError(f"{chr(name)!r} is not allowed" if name not in run else "a row is too large")
-        run[name]()
-        if name in b"ae" and len(stack) == 1:
+    push, number = stack.append, lambda form: struct.unpack(form, taken(struct.calcsize(form)))[0]
+    run = {"\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
+           "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()), "t": lambda: push(tuple(popped(marks.pop()))),
+           **{chr(0x84 + n): lambda n=n: push(tuple(popped(len(stack) - n))) for n in (1, 2, 3)},
+           **{op: lambda value=value: push(value) for op, value in (("N", None), ("\x88", True), ("\x89", False))},
+           **{op: lambda form=form: push(number(form)) for op, form in (("K", "<B"), ("M", "<H"), ("J", "<i"), ("G", ">d"))},
+           "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
+           **{op: lambda form=form: push(taken(number(form)).decode("utf-8", "replace"))
+              for op, form in (("X", "<I"), ("\x8c", "<B"))},
+           "\x94": lambda: put(len(memo)), "q": lambda: put(number("<B")), "r": lambda: put(number("<I")),
+           "h": lambda: get(number("<B")), "j": lambda: get(number("<I")),
+           **{op: lambda n=n: grow(popped(len(stack) - n)) for op, n in (("a", 1), ("s", 2))},
+           **{op: lambda: grow(popped(marks.pop())) for op in "eu"}}
+    run = {ord(op): step for op, step in run.items()}
+    while (op := code[at]) != ord("."):
+        at, steps = at + 1, steps + 1
+        if op not in run or steps > STEPS:
+            raise ValueError(f"{chr(op)!r} is not allowed" if op not in run else "a row is too large")
+        run[op]()
+        if op in b"ae" and len(stack) == 1:
             yield from stack[0]
             stack[0].clear()
             steps = 0

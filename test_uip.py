@@ -1534,6 +1534,109 @@ def test_data_bombs_and_cut_files_end_in_a_fault_in_little_memory(tmp_path, monk
     tracemalloc.stop()
 
 
+HOSTILE = [math.nan, math.inf, -math.inf, -1, 0, -0.0, 2 ** 63, -2 ** 80, 10 ** 400, 1e308, 5e-324, "", "x" * 5_000, "\0", "\ud800",
+           "\x1b[2J\n", "$9" * 99, "<b>", "&#x110000;&#0;", "../../x", None, True, [], {}, [[]], [{}], {"Brand": []}, "[" * 3000, "{", "²"]
+
+
+def spoiled(rng, body: bytes) -> bytes:
+    """Bytes cut, flipped, swollen, nested, or none of it."""
+    at, to, kind = rng.randrange(len(body)), rng.randrange(len(body)), rng.randrange(7)
+    flip = lambda body, n: body[:n] + bytes([body[n] ^ 1 << rng.randrange(8)]) + body[n + 1:]
+    return (body, body[:at], flip(body, at), flip(flip(body, at), to), body[:at] + rng.randbytes(4) + body[at:],
+            body[:at] + body[to:], body[:at] + rng.choice([b"[", b"{'a':", b"(", b"-", b"9", b"\xff", b"'", b"\n"]) * 3000 + body[at:])[kind]
+
+
+def hostile(rng, rows: list[dict]) -> list:
+    """The rows, one or two values of them, or a whole one, exchanged for something else."""
+    rows = [dict(row) for row in rows]
+    for _ in range(rng.randrange(3)):
+        rng.choice(rows)[rng.choice(list(rows[0]))] = rng.choice(HOSTILE)
+    return rows[:-1] + [rng.choice(HOSTILE)] if rng.random() < 0.1 else rows
+
+
+def fuzz_cases(tmp_path, rng):
+    """loader → a function that makes a broken file and reads it all the way to what goes into a data folder."""
+    reviews = [{"reviewerID": f"u{n}", "asin": f"i{n}", "overall": 4.0, "unixReviewTime": 1_400_000_000} for n in range(4)]
+    items = [{"asin": f"i{n}", "title": "A &amp; B's", "price": 2.5, "brand": "B", "categories": [["A", "B"]]} for n in range(4)]
+    newer = [{"parent_asin": f"i{n}", "title": "T", "price": "$2", "details": '{"Brand": "B"}', "store": "S", "category": ["A"]}
+             for n in range(4)]
+    people = [{"user": f"u{n}", "review_count": n, "useful": 1, "funny": 0, "cool": 2} for n in range(5)]
+    shelf = [{"item": n, "price": 2.5, "brand": "B", "categories": "A, B"} for n in range(8)]
+    folder = tmp_path / "nete"
+    folder.mkdir()
+
+    def lines(rows, write) -> Path:
+        packed, path = rng.random() < 0.3, tmp_path / "f.jsonl"
+        body = spoiled(rng, b"\n".join(write(row) for row in hostile(rng, rows)))
+        path = path.with_suffix(".gz") if packed else path
+        path.write_bytes(spoiled(rng, gzip.compress(body, 1)) if packed else body)
+        return path
+
+    as_json, plain = lambda row: json.dumps(row).encode(), lambda row: repr(row).encode("utf-8", "surrogatepass")
+    wanted = {f"i{n}" for n in range(4)}
+
+    def encoded(value):
+        return json.dumps(value, ensure_ascii=False).encode()
+
+    def read_reviews():
+        columns, counts, raw = data.read_reviews(lines(reviews, as_json), data.OLD_KEYS.split(), 1)
+        encoded(columns.dataset({}, counts, raw).user.tolist())
+
+    def nete():
+        for name, rows in (("item", shelf), ("user", people)):
+            (folder / f"{name}.json").write_text(json.dumps(rows))
+        pickled = spoiled(rng, pickle.dumps(hostile(rng, nete_rows(8)), rng.randrange(2, 6)))
+        (folder / "reviews.pickle").write_bytes(pickled)
+        encoded(data.nete(folder).notes.tolist())
+
+    def document():
+        name, rows, about = rng.choice([("item", shelf, data.product), ("user", people, dict)])
+        (folder / f"{name}.json").write_bytes(spoiled(rng, json.dumps(hostile(rng, rows)).encode()))
+        found = data.read_list(folder / f"{name}.json", name, about, {})[0]
+        encoded(found if name == "item" else data.habits(found))
+
+    def archive():
+        tables = {"data": "1\t2\t3\t881250949\n2\t2\t5\t881250949\n", "item": "2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n",
+                  "genre": "unknown|0\nAction|1\nDrama|2\nSci-Fi|3\n\n", "user": "1|24|M|technician|85711\n2|30|F|other|0\n"}
+        method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+        with zipfile.ZipFile(tmp_path / "f.zip", "w") as files:
+            for name, text in tables.items():
+                fields = re.split(r"([\t|\n])", text)
+                if rng.random() < 0.2:
+                    fields[rng.randrange(0, len(fields), 2)] = str(rng.choice(HOSTILE))
+                text = "".join(fields).encode("utf-8", "surrogatepass")
+                files.writestr(zipfile.ZipInfo(f"ml-100k/u.{name}"), spoiled(rng, text) if rng.random() < 0.2 else text, method)
+        if rng.random() < 0.6:
+            (tmp_path / "f.zip").write_bytes(spoiled(rng, (tmp_path / "f.zip").read_bytes()))
+        json.dumps(data.grouplens(tmp_path / "f.zip"))
+
+    return {"reviews (JSON lines)": read_reviews,
+            "items (JSON lines)": lambda: encoded(data.read_items(lines(newer, as_json), wanted, "parent_asin", False)),
+            "items (Python literals)": lambda: encoded(data.read_items(lines(items, plain), wanted, "asin", True)),
+            "NETE pickle": nete, "NETE item.json and user.json": document, "ml-100k zip": archive}
+
+
+def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(tmp_path):
+    """UIP_FAULTS=DIR keeps the counts."""
+    rng, counts, others = random.Random(0), {}, []
+    for loader, case in fuzz_cases(tmp_path, rng).items():
+        count = counts[loader] = {"cases": 2000, "values": 0, "faults": 0, "other": 0}
+        for _ in range(count["cases"]):
+            try:
+                case()
+                count["values"] += 1
+            except data.Fault as fault:
+                assert fault.code == 4 and len(str(fault)) < 1000
+                count["faults"] += 1
+            except Exception as error:
+                count["other"] += 1
+                others.append((loader, error))
+    if os.environ.get("UIP_FAULTS"):
+        Path(os.environ["UIP_FAULTS"], "fuzz_data.json").write_text(json.dumps(counts, indent=1) + "\n")
+    assert not others, others[:5]
+    assert all(min(count["values"], count["faults"]) > 200 for count in counts.values())
+
+
 BODY = bytes(range(256)) * 400
 SHA = hashlib.sha256(BODY).hexdigest()
 
