@@ -16,7 +16,8 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
                       4, not used), users str [N]
     evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
     meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above; of real
-                      sets also what was read and refused (parse) and the files it came from (raw, decompressed)
+                      sets also what was read and refused (parse), what the k-core kept (kept), and sha256 and bytes of
+                      the files it came from, decompressed (raw)
     truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
                       evidence or fields
     new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
@@ -35,6 +36,7 @@ import json
 import lzma
 import mmap
 import os
+import platform
 import re
 import shutil
 import struct
@@ -46,7 +48,7 @@ import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
-from time import sleep
+from time import perf_counter, sleep
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -818,9 +820,9 @@ class PriceWords:
         return 0 if item["price"] is None or cuts is None else 1 + int(np.searchsorted(cuts, item["price"]))
 
     def text(self, item: dict) -> str | None:
-        """'cheap, $8', or None where the price is unknown."""
+        """'cheap, $8' ('cheap, $0.40'), or None where the price is unknown."""
         code = self.code(item)
-        return f"{PRICE_WORDS[code - 1]}, ${item['price']:.0f}" if code else None
+        return f"{PRICE_WORDS[code - 1]}, ${item['price']:.{0 if item['price'] >= 1 else 2}f}" if code else None
 
 
 VERDICTS = ["much worse", "worse", "about the same", "better", "much better"]
@@ -1266,6 +1268,69 @@ def patiently(command: list[str], what: str, seconds: int, env: dict | None = No
         raise Fault(3, f"{what} failed:\n  " + "\n  ".join(tail))
 
 
+# ----------------------------------------------------------------------------------------------------- bench
+
+def synthetic(path: Path, rows: int) -> None:
+    """Review lines in the form of 2018, of 40 words on average, by users of 10 rows each and as many items as users."""
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 11, 5000)])
+    texts = [" ".join(words[rng.integers(0, 5000, size)].tolist()) for size in rng.geometric(1 / 40, 20_000)]
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for row in range(rows):
+            user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
+            file.write(json.dumps({
+                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018", "reviewerID": f"A{user:013d}",
+                "asin": f"B{item:09d}", "reviewerName": texts[-text][:12], "reviewText": texts[text],
+                "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
+
+
+def plain_json(path: Path) -> None:
+    with gzip.open(path) as file:
+        for line in file:
+            json.loads(line)
+
+
+def peak_mb() -> float | None:
+    """The most memory this process has had so far, in MiB."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return None
+    return round(getrusage(RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def bench(rows: int, out: Path | None) -> None:
+    """Reading reviews to unique rows, beside json.loads of the same lines, in turn: medians of three; prints JSON.
+
+    grow: once each, smallest first; peak_mb is the process's so far, without the metadata of items.
+    """
+    ours = lambda path: read_reviews(path, OLD_KEYS.split(), 1)[0].dataset({}, {}, {})
+    grow, runs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reviews.json.gz")
+        for size in (rows, 4 * rows):
+            synthetic(path, size)
+            seconds = timed(ours, path)
+            grow.append({"rows": size, "rows_per_s": round(size / seconds), "peak_mb": peak_mb()})
+            if size == rows:
+                runs = [[timed(call, path) for call in (ours, plain_json)] for _ in range(3)]
+    each, plain = np.median(runs, axis=0).tolist()
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+    result = {"rows": rows, "rows_per_s": round(rows / each), "json_rows_per_s": round(rows / plain),
+              "of_json": round(plain / each, 3), "peak_mb": grow[0]["peak_mb"], "grow": grow,
+              "machine": {"processor": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count()}}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        publish_json(out, result)
+    print(json.dumps(result))
+
+
+def timed(call, *args) -> float:
+    start = perf_counter()
+    call(*args)
+    return perf_counter() - start
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 def number(kind, low, high=float("inf")):
@@ -1318,6 +1383,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("lm", allow_abbrev=False, help="a causal LM as a Hugging Face folder")
     p.add_argument("--out", type=Path, required=True, help="folder to make")
     p.add_argument("--name", default=DEFAULT_LM, help=f"a model of the hub [{DEFAULT_LM}]")
+    p = commands.add_parser("bench", allow_abbrev=False, help="the speed of reading reviews, beside json.loads")
+    p.add_argument("--rows", type=number(int, 1), default=1_000_000, help="lines, and four times as many [1000000]")
+    p.add_argument("--out", type=Path, help="file for the figures, beside printing them")
     return parser
 
 
@@ -1340,8 +1408,8 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(build_parser().parse_args(words))
     name, out = args.pop("dataset"), args.pop("out")
     try:
-        if name == "lm":
-            lm(out, args["name"])
+        if name in ("lm", "bench"):
+            lm(out, args["name"]) if name == "lm" else bench(args["rows"], out)
             return
         out.mkdir(parents=True, exist_ok=True)
         fit, layout = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, re.sub("amazon..", "amazon", name)

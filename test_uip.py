@@ -1292,8 +1292,10 @@ def test_data_price_words_are_terciles_within_the_category():
     assert data.PriceWords([]).code(price("pin", 5)) == 0
 
 
-def test_data_leak_test_rows_change_nothing_fitted(tmp_path):
+@pytest.mark.parametrize("layout", ["planted", "amazon", "nete"])
+def test_data_leak_test_rows_change_nothing_fitted(layout, tmp_path):
     rows, parts = planted_rows()
+    rows, layout = rows._replace(notes=np.array([f"note {r % 7}" for r in range(len(parts))], object)), data.LAYOUTS[layout]
     held = np.flatnonzero(parts > 0)
     trained = set(rows.item[parts == 0].tolist())
     items, item, rating = {**rows.items}, rows.item.astype("U8"), rows.rating.copy()
@@ -1303,8 +1305,8 @@ def test_data_leak_test_rows_change_nothing_fitted(tmp_path):
         items[item[r]] = {"title": "stray", "category": "garden tools", "brand": f"b{r}", "price": 1e3 * r}
     for name in set(rows.item.tolist()) - trained:
         items[name] = {**items[name], "price": 1e6}
-    edited = rows._replace(item=item, rating=rating, items=items)
-    layout, fitted = data.LAYOUTS["planted"], []
+    notes = np.where(parts > 0, "told too early", rows.notes)
+    edited, fitted = rows._replace(item=item, rating=rating, items=items, notes=notes), []
     for name, version in (("a", rows), ("b", edited)):
         ready = data.prepare(version, layout, k_item=3, parts=parts)
         a, train = ready.arrays, ready.arrays["split"] == 0
@@ -1476,6 +1478,16 @@ def test_data_literals_are_plain_shallow_and_short(line, says):
     with pytest.raises(data.Refused, match=says):
         data.literal(line)
     assert data.literal(b"{'a': [1.5, -2e-3, None, True, (\"it's\", u'\\u00e9')]}\n") == {"a": [1.5, -2e-3, None, True, ("it's", "é")]}
+
+
+def test_data_bench_ends_in_json(tmp_path, capsys):
+    data.main(["bench", "--rows", "300", "--out", str(tmp_path / "sub/data.json")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "sub/data.json").read_text()) and result["of_json"] > 0
+    assert [point["rows"] for point in result["grow"]] == [300, 1200] and all(point["peak_mb"] > 0 for point in result["grow"])
+    data.synthetic(tmp_path / "f.gz", 300)
+    columns, counts, _ = data.read_reviews(tmp_path / "f.gz", data.OLD_KEYS.split(), 1)
+    assert counts == {"lines": 300, "refused": {}} and len(columns.users) == 31
 
 
 def nete_rows(n=40):
