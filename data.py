@@ -332,7 +332,7 @@ LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most byt
 PATIENCE = 10_000                                # so many more bad lines than good ones end the reading
 SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
 DOCUMENT, PICKLE, STEPS = 1 << 25, 1 << 29, 200_000  # most bytes of a JSON file and of a pickle; its steps per rows
-NAME, TITLE = 64, 60                             # longest id and text, in characters
+NAME, TITLE = 40, 60                             # longest id and text, in characters
 TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
           RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what such files make readers raise
@@ -374,23 +374,17 @@ class Stream(io.RawIOBase):
         return {self.path.name: {"sha256": self.sha.hexdigest(), "bytes": self.bytes}}
 
     def lines(self):
-        """Each line; None in place of one longer than LINE."""
+        """Each line; empty in place of one longer than LINE."""
         with io.BufferedReader(self, 1 << 18) as reader:
             while line := reader.readline(LINE):
                 long = len(line) == LINE and line[-1:] != b"\n"
                 while long and (rest := reader.readline(LINE)) and rest[-1:] != b"\n":
                     pass
-                yield None if long else line
+                yield b"" if long else line
 
 
 class Refused(ValueError):
     """Why a row or a line is left out."""
-
-
-def whole(line: bytes | None) -> bytes:
-    if line is None:
-        raise Refused("too long")
-    return line
 
 
 class Columns:
@@ -446,13 +440,15 @@ def named(name, what: str) -> str:
 
 
 def tally(path: Path, rows, take, what: str) -> dict:
-    """take(row) for all rows -> counts: lines, refused {reason: n}.
+    """take(row) for all rows, of `Stream.lines` or any -> counts: lines, refused {reason: n}.
 
     Fault 4: there is none, or more than half of them are refused; it names the first.
     """
     refused, first, number = Counter(), None, 0
     for number, row in enumerate(rows, 1):
         try:
+            if row == b"":
+                raise Refused("too long")
             take(row)
         except Refused as why:
             reason = str(why)
@@ -560,7 +556,7 @@ def read_reviews(path: Path, keys: list[str], unit: int) -> tuple[Columns, dict,
     add, per_second = columns.add, unit > 1
 
     def take(line):
-        get = loads(whole(line)).get
+        get = loads(line).get
         when = get(time)
         add(get(user), get(item), get(rating), when // unit if per_second and type(when) is int else when)
 
@@ -572,7 +568,7 @@ def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict
     items, stream, counts = {}, Stream(path), Counter(unused=0, repeats=0)
 
     def take(line):
-        row = (literal if literals else json.loads)(whole(line))
+        row = (literal if literals else json.loads)(line)
         name = named(row.get(key), "item")
         if name not in wanted or name in items:
             counts["repeats" if name in wanted else "unused"] += 1
