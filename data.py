@@ -400,12 +400,13 @@ class Columns:
             raise Refused("rating is not 1 to 5")
         if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
             raise Refused("time is not in 1995 to 2099")
-        if type(user) is not str or user not in self.users:
-            self.users[named(user, "user")] = len(self.users)
-        if type(item) is not str or item not in self.items:
-            self.items[named(item, "item")] = len(self.items)
-        self.user.append(self.users[user])
-        self.item.append(self.items[item])
+        try:
+            user, item = self.users[user], self.items[item]
+        except (KeyError, TypeError):                                              # new, or no id
+            user = self.users.setdefault(named(user, "user"), len(self.users))
+            item = self.items.setdefault(named(item, "item"), len(self.items))
+        self.user.append(user)
+        self.item.append(item)
         self.rating.append(rating)
         self.time.append(time)
 
@@ -1298,19 +1299,16 @@ def peak_mb() -> float | None:
 def bench(rows: int, out: Path | None) -> None:
     """Reading reviews to unique rows, beside json.loads of the same lines, in turn: medians of three; prints JSON.
 
-    grow: once each, smallest first; peak_mb is the process's so far, without the metadata of items.
+    grow: the same for four times as many, once; peak_mb is the process's so far, without the metadata of items.
     """
     ours = lambda path: read_reviews(path, OLD_KEYS.split(), 1)[0].dataset({}, {}, {})
-    grow, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "reviews.json.gz")
-        for size in (rows, 4 * rows):
+        path, grow = Path(folder, "reviews.json.gz"), []
+        for size, calls, times in ((rows, (ours, plain_json), 3), (4 * rows, (ours,), 1)):
             synthetic(path, size)
-            seconds = timed(ours, path)
-            grow.append({"rows": size, "rows_per_s": round(size / seconds), "peak_mb": peak_mb()})
-            if size == rows:
-                runs = [[timed(call, path) for call in (ours, plain_json)] for _ in range(3)]
-    each, plain = np.median(runs, axis=0).tolist()
+            seconds = np.median([[timed(call, path) for call in calls] for _ in range(times)], axis=0).tolist()
+            grow.append({"rows": size, "rows_per_s": round(size / seconds[0]), "peak_mb": peak_mb()})
+            each, plain = seconds if size == rows else (each, plain)
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
     result = {"rows": rows, "rows_per_s": round(rows / each), "json_rows_per_s": round(rows / plain),
               "of_json": round(plain / each, 3), "peak_mb": grow[0]["peak_mb"], "grow": grow,
