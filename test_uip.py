@@ -1490,6 +1490,13 @@ def test_data_bench_ends_in_json(tmp_path, capsys):
     assert counts == {"lines": 300, "refused": {}} and len(columns.users) == 31
 
 
+def test_data_layouts_fit_an_lm_and_tell_what_there_is(tiny):
+    known = {"title", "category", "brand", "price", "verdict", "genres", "feature", "person"}
+    for spec in data.LAYOUTS.values():
+        uip.Layout.build(spec, uip.load_lm(str(tiny), "float32", "cpu")[1])
+        assert {how.get("from", kind) for kind, how in spec["kinds"].items()} <= known
+
+
 def nete_rows(n=40):
     return [{"user": f"u{r % 5}", "item": r % 8, "rating": r % 5 + 1, "template": ("room" if r % 2 else "food", "nice", f"s{r}", 1)}
             for r in range(n)]
@@ -1629,8 +1636,8 @@ def fuzz_cases(tmp_path, rng):
 
 
 def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(tmp_path):
-    """UIP_FAULTS=DIR keeps the counts."""
-    rng, counts, others = random.Random(0), {}, []
+    """UIP_FAULTS=DIR keeps the counts. Memory grows by little, whatever comes."""
+    rng, counts, others, before = random.Random(0), {}, [], data.peak_mb()
     for loader, case in fuzz_cases(tmp_path, rng).items():
         count = counts[loader] = {"cases": 2000, "values": 0, "faults": 0, "other": 0}
         for _ in range(count["cases"]):
@@ -1646,6 +1653,7 @@ def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(tmp_path):
     if os.environ.get("UIP_FAULTS"):
         Path(os.environ["UIP_FAULTS"], "fuzz_data.json").write_text(json.dumps(counts, indent=1) + "\n")
     assert not others, others[:5]
+    assert data.peak_mb() - before < 300
     assert all(min(count["values"], count["faults"]) > 200 for count in counts.values())
 
 
