@@ -912,8 +912,8 @@ BENCHES = (
     ("ctr.json", "auc_gain", "DeepFM, {rows:,} rows: AUC, ours − DeepCTR-Torch's", "+.4f", "≥ 0 ± 0.001"),
     ("ctr_grow.json", "grow.*.rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", "flat"),
     ("ctr_grow.json", "grow.*.peak_mb", "DeepFM, {rows:,} rows: peak memory, MB", ",.0f", ""),
-    ("data.json", "of_json", "reviews, {rows:,} lines: ours / json.loads alone, lines per second", ".2f", "≥ 0.6"),
-    ("data.json", "grow.*.rows_per_s", "reviews, {rows:,} lines: lines read per second", ",.0f", "flat"),
+    ("data.json", "of_json", "reviews, {rows:,} lines: ours / json.loads alone, lines per CPU second", ".2f", "≥ 0.6"),
+    ("data.json", "grow.*.rows_per_s", "reviews, {rows:,} lines: lines read per CPU second", ",.0f", "flat"),
     ("data.json", "grow.*.peak_mb", "reviews, {rows:,} lines: peak memory, MB", ",.0f", "< 1,000 at 1 M"),
 )
 

@@ -48,7 +48,7 @@ import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
-from time import perf_counter, sleep
+from time import process_time, sleep
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -331,7 +331,8 @@ LINE = 1 << 20                                   # most bytes of a line
 LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most bytes and brackets, deepest nesting
 PATIENCE = 10_000                                # so many more bad lines than good ones end the reading
 SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
-DOCUMENT, PICKLE, STEPS = 1 << 25, 1 << 29, 200_000  # most bytes of a JSON file and of a pickle; its steps per rows
+DOCUMENT, PICKLE = 1 << 25, 1 << 29              # most bytes of a JSON file and of a pickle
+STEPS, MEMO = 200_000, 1 << 24                   # most steps of a pickle per batch of rows, and entries of its memo
 NAME, TITLE = 40, 60                             # longest id and text, in characters
 TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
@@ -671,8 +672,8 @@ def run_pickle(code, bar):
         return code[at - size:at]
 
     def put(place: int) -> None:
-        if place != len(memo):
-            raise ValueError("the memo is out of order")
+        if place != len(memo) or place > MEMO:
+            raise ValueError("the memo is out of order or too long")
         memo.append(stack[-1] if type(stack[-1]) is str else None)
 
     def get(place: int) -> None:
@@ -1300,6 +1301,7 @@ def bench(rows: int, out: Path | None) -> None:
     """Reading reviews to unique rows, beside json.loads of the same lines, in turn: medians of three; prints JSON.
 
     grow: the same for four times as many, once; peak_mb is the process's so far, without the metadata of items.
+    Seconds are those of the CPU: one thread works, and others may use the machine.
     """
     ours = lambda path: read_reviews(path, OLD_KEYS.split(), 1)[0].dataset({}, {}, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -1320,9 +1322,9 @@ def bench(rows: int, out: Path | None) -> None:
 
 
 def timed(call, *args) -> float:
-    start = perf_counter()
+    start = process_time()
     call(*args)
-    return perf_counter() - start
+    return process_time() - start
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1402,8 +1404,10 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(build_parser().parse_args(words))
     name, out = args.pop("dataset"), args.pop("out")
     try:
-        if name in ("lm", "bench"):
-            lm(out, args["name"]) if name == "lm" else bench(args["rows"], out)
+        if name == "bench":
+            return bench(args["rows"], out)
+        if name == "lm":
+            lm(out, args["name"])
             return
         out.mkdir(parents=True, exist_ok=True)
         fit, layout = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, re.sub("amazon..", "amazon", name)
@@ -1414,7 +1418,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             name, data = real(name, args.pop("what"), out, args)
             args.pop("raw", None)
-            fit = {key: fit[key] for key in ("evidence", "seed")}
+            fit = {key: fit[key] for key in ("evidence", "seed")}       # the k-core was that of all rows
             print(json.dumps(data.about, indent=1))
         if args.pop("new", name == "ml-100k"):
             save_newcomers(out, name, data, LAYOUTS[layout], args, fit)
