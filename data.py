@@ -2,8 +2,8 @@
 
     python data.py planted --out DIR [--seed 0 --users 240 --null]   a synthetic shop whose profiles are known
     python data.py ml-100k --out DIR [--raw DIR]                     MovieLens-100K
-    python data.py amazon14:X --out DIR [--raw DIR --users N --new]  reviews of a category X, also amazon18:X, amazon23:X
-    python data.py nete:PATH --out DIR                               Movies, Clothing, Yelp … in NETE's and PEPLER's layout
+    python data.py amazon14:X --out DIR [--raw DIR --users N --new]  Amazon reviews; also amazon18:X, amazon23:X
+    python data.py nete:PATH --out DIR                               Yelp, Movies … in NETE's and PEPLER's layout
     python data.py bench [--rows 1000000 --out FILE]                 the speed of reading reviews
     python data.py lm --out DIR [--name MODEL]                       a causal LM as a Hugging Face folder
 
@@ -43,6 +43,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from array import array
@@ -89,8 +90,8 @@ PRICE_WORDS = ["cheap", "mid-range", "expensive"]
 
 # One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
 # before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
-# "price", "verdict", "feature" or "person" (the kind's own name); rows, of the sample only the "liked" (rating > 3) or "disliked" ones
-# (all); most, rows in a user's sample (--evidence).
+# "price", "verdict", "feature" or "person" (the kind's own name); rows, of the sample only the "liked" (rating > 3)
+# or "disliked" ones (all); most, rows in a user's sample (--evidence).
 LAYOUTS = {
     "planted": {
         "profiles": {"hobby": "The user's hobby is", "background": "The user's spending level is"},
@@ -336,7 +337,7 @@ STEPS, MEMO = 200_000, 1 << 24                   # most steps of a pickle per ba
 NAME, TITLE = 40, 60                             # longest id and text, in characters
 TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
-          RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what such files make readers raise
+          RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what readers of them raise
 
 
 class Stream(io.RawIOBase):
@@ -421,9 +422,9 @@ class Columns:
         keep = np.sort(order[~again])
         about = {name: {**UNKNOWN, **items.get(name, {})} for name in self.items}
         share = lambda key: round(float(np.mean(np.array([one[key] is not None for one in about.values()])[item])), 4)
-        counts = {**counts, "rows": len(user), "duplicates": int(exact.sum()), "repeats": int(again.sum() - exact.sum()),
-                  "pairs": len(keep), "users": len(np.unique(user)), "items": len(np.unique(item)),
-                  "with_price": share("price"), "with_brand": share("brand")}
+        counts = {**counts, "rows": len(user), "duplicates": int(exact.sum()),
+                  "repeats": int(again.sum() - exact.sum()), "pairs": len(keep), "users": len(np.unique(user)),
+                  "items": len(np.unique(item)), "with_price": share("price"), "with_brand": share("brand")}
         for one in about.values():
             one["brand"] = one["brand"] or one["category"]
         return Dataset(np.array(list(self.users))[user[keep]], np.array(list(self.items))[item[keep]], rating[keep],
@@ -469,8 +470,9 @@ def tally(path: Path, rows, take, what: str) -> dict:
     return {"lines": number, "refused": dict(sorted(refused.items()))}
 
 
-TOKEN = re.compile(rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
-                   rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)  # an open text ends the line: linear time
+TOKEN = re.compile(  # an open text ends the line: linear time
+    rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
+    rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)
 
 
 def literal(line: bytes):
@@ -525,16 +527,16 @@ def product(row: dict) -> dict:
 
 # ------------------------------------------------------------------------------------------------ Amazon reviews
 
-UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon"
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw"
 OLD_KEYS = "reviewerID asin overall unixReviewTime"
 AMAZON = {  # generation → addresses of its reviews, of its items; keys of user, item, rating, time; times per second
     "amazon14": ([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, 1),
-    "amazon18": ([f"{UCSD}/amazon_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}/amazon_v2/metaFiles2/meta_%s.json.gz"],
+    "amazon18": ([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"],
                  OLD_KEYS, 1),
-    "amazon23": ([f"{UCSD}/amazon_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
-                 [f"{UCSD}/amazon_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
+    "amazon23": ([f"{UCSD}_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
+                 [f"{UCSD}_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
                  "user_id parent_asin rating timestamp", 1000)}
 
 
@@ -544,8 +546,8 @@ def amazon(generation: str, category: str, raw: Path) -> Dataset:
     Fault 3: a file cannot be had; 4: it is broken, or not such a file.
     """
     *addresses, keys, unit = AMAZON[generation]
-    reviews, meta = (download([url % category for url in urls], raw / urls[0].rpartition("/")[2].replace("%s", category))
-                     for urls in addresses)
+    addresses = [[url % category for url in urls] for urls in addresses]
+    reviews, meta = (download(urls, raw / urls[0].rpartition("/")[2]) for urls in addresses)
     columns, counts, read = read_reviews(reviews, keys.split(), unit)
     items, of_items, read_too = read_items(meta, columns.items, keys.split()[1], generation == "amazon14")
     return columns.dataset(items, {**counts, "items_file": of_items}, {**read, **read_too})
@@ -577,7 +579,9 @@ def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict
         else:
             items[name] = product(row)
 
-    found = tally(path, stream.lines(), take, "lines")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                            # of odd escapes in literals
+        found = tally(path, stream.lines(), take, "lines")
     return items, {**found, **counts}, stream.about()
 
 
@@ -696,10 +700,12 @@ def run_pickle(code, bar):
 
     push, number = stack.append, lambda form: struct.unpack(form, taken(struct.calcsize(form)))[0]
     run = {"\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
-           "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()), "t": lambda: push(tuple(popped(marks.pop()))),
+           "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()),
+           "t": lambda: push(tuple(popped(marks.pop()))),
            **{chr(0x84 + n): lambda n=n: push(tuple(popped(len(stack) - n))) for n in (1, 2, 3)},
            **{op: lambda value=value: push(value) for op, value in (("N", None), ("\x88", True), ("\x89", False))},
-           **{op: lambda form=form: push(number(form)) for op, form in (("K", "<B"), ("M", "<H"), ("J", "<i"), ("G", ">d"))},
+           **{op: lambda form=form: push(number(form))
+              for op, form in (("K", "<B"), ("M", "<H"), ("J", "<i"), ("G", ">d"))},
            "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
            **{op: lambda form=form: push(taken(number(form)).decode("utf-8", "replace"))
               for op, form in (("X", "<I"), ("\x8c", "<B"))},
@@ -1277,9 +1283,9 @@ def synthetic(path: Path, rows: int) -> None:
         for row in range(rows):
             user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
             file.write(json.dumps({
-                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018", "reviewerID": f"A{user:013d}",
-                "asin": f"B{item:09d}", "reviewerName": texts[-text][:12], "reviewText": texts[text],
-                "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
+                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018",
+                "reviewerID": f"A{user:013d}", "asin": f"B{item:09d}", "reviewerName": texts[-text][:12],
+                "reviewText": texts[text], "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
 
 
 def plain_json(path: Path) -> None:
@@ -1311,7 +1317,8 @@ def bench(rows: int, out: Path | None) -> None:
             seconds = np.median([[timed(call, path) for call in calls] for _ in range(times)], axis=0).tolist()
             grow.append({"rows": size, "rows_per_s": round(size / seconds[0]), "peak_mb": peak_mb()})
             each, plain = seconds if size == rows else (each, plain)
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+    about = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.*)", about.read_text() if about.exists() else "")
     result = {"rows": rows, "rows_per_s": round(rows / each), "json_rows_per_s": round(rows / plain),
               "of_json": round(plain / each, 3), "peak_mb": grow[0]["peak_mb"], "grow": grow,
               "machine": {"processor": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count()}}
@@ -1410,7 +1417,8 @@ def main(argv: list[str] | None = None) -> None:
             lm(out, args["name"])
             return
         out.mkdir(parents=True, exist_ok=True)
-        fit, layout = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, re.sub("amazon..", "amazon", name)
+        fit = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}
+        layout = LAYOUTS["amazon" if name in AMAZON else name]
         if name == "planted":
             data = planted(args["seed"], args["users"], args["noise"], args["null"])
         elif name == "ml-100k":
@@ -1421,9 +1429,9 @@ def main(argv: list[str] | None = None) -> None:
             fit = {key: fit[key] for key in ("evidence", "seed")}       # the k-core was that of all rows
             print(json.dumps(data.about, indent=1))
         if args.pop("new", name == "ml-100k"):
-            save_newcomers(out, name, data, LAYOUTS[layout], args, fit)
-        ready = prepare(data, LAYOUTS[layout], **fit)
-        print(json.dumps(save(out, name, ready, LAYOUTS[layout], args, data.truth, data.about)))
+            save_newcomers(out, name, data, layout, args, fit)
+        ready = prepare(data, layout, **fit)
+        print(json.dumps(save(out, name, ready, layout, args, data.truth, data.about)))
     except OSError as error:
         raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
 
