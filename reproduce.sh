@@ -7,7 +7,7 @@
 #   bash reproduce.sh ablations       the demo's shop with parts of the method left out, and with other codebook sizes
 #   bash reproduce.sh test [ARG …]    the tests; further words go to pytest (-m slow: the slow ones)
 #   bash reproduce.sh small           real data: MovieLens-100K, new and warm users; an hour or so on two CPU cores
-#   bash reproduce.sh full            the paper's Amazon sets: not in this version, says so
+#   bash reproduce.sh full            the same for the sets of SETS, by default the paper's of Amazon; meant for a GPU
 #   bash reproduce.sh --help          this text
 #
 # A finished stage is skipped as long as its command, the modules it runs and the stages before it stay the same.
@@ -17,7 +17,10 @@
 #   USERS   users of the planted shop [240]      CODES  codebook size of each profile [4,3]
 #   MODELS  click models [deepfm,dcn,fm,lr]      SEEDS  training seeds [5]
 #   DTYPE   of the LLM [auto]                    DEVICE cpu or cuda [auto]
-#   KNOWN   rows known of a new user, small only [1 2 4 8]      NPROC processes of the EM, by torchrun [1]
+#   KNOWN   rows known of a new user [1 2 4 8]   NPROC  processes of the EM, by torchrun [1]
+#   BUDGET  tokens in one pass of the LLM [1024; for a GPU try 16384], halved as often as memory runs out
+#   SETS    of full [amazon14:Movies_and_TV amazon14:Clothing_Shoes_and_Jewelry amazon14:Video_Games]; also amazon18:X,
+#           amazon23:X, nete:PATH              CAP    users of each, drawn by a hash [all]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
 # Relative paths are relative to this folder.
 set -Eeuo pipefail
@@ -28,6 +31,7 @@ GIVEN=${MODELS:-} MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE
 FEATURES=none,random,shuffled,stats,userip,stats+userip WITHOUT=
 CLICK="--lr 0.02 --l2 0.001"                 # the best of a grid by DeepFM's validation AUC *without* IDs, data seed 7
 PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python") KNOWN=${KNOWN:-1 2 4 8}
+SETS=${SETS:-amazon14:Movies_and_TV amazon14:Clothing_Shoes_and_Jewelry amazon14:Video_Games} CAP=${CAP:-}
 EM="$Q uip.py"
 [ "${NPROC:-1}" = 1 ] || EM="$Q -m torch.distributed.run --standalone --nproc-per-node=$NPROC uip.py"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}   # threads that spin while they wait are slow on a shared machine
@@ -133,39 +137,44 @@ shop() {
     "seconds > $r/seconds.json && $Q ctr.py table $r --out $r/table.md --summary $r/summary.json"
 }
 
-# real data, MovieLens-100K. First 30 % of the users are new: EM on the others' first 8 rows, then everyone's IDs from their
-# first 1 to 8. Then all users are warm, and what their IDs tell of gender, age and occupation
-small() {
-  local d=runs/small r=results/ml-100k lm=${LM:-models/default} few=${GIVEN:-deepfm} n
-  local em="--lm $(printf %q "$lm") --dtype $DTYPE --device $DEVICE \$FRESH" fit="--codes 4,8 --steps 3"
+# real NAME "ARGUMENTS of data.py": first some users are new: EM on the others' first 8 rows, then everyone's IDs from their
+# first 1 to 8. Then all users are warm; and what their IDs tell of gender, age and occupation, where those are known
+real() {
+  local d=runs/$1 r=results/$1 few=${GIVEN:-deepfm} n
+  local em="--lm $(printf %q "${LM:-models/default}") --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
+  local fit="--codes 4,8 --steps 3" all=$FEATURES,hobby,background,stats+background
   local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
-  export RUN=small
+  export RUN=$1
   environment
   language_model
-  stage data data.py env "$d/data/meta.json" "$Q data.py ml-100k --out $d/data"
+  stage data data.py env "$d/data/meta.json" "$Q data.py $2 --out $d/data"
   stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" "$EM fit --data $d/data/new --out $d/profiles $fit $em"
   for n in $KNOWN; do
     stage "infer$n" "uip.py codebook.py" profiles "$d/profiles$n/profiles.npz" \
       "$EM infer --data $d/data/new/n$n --profiles $d/profiles --out $d/profiles$n $em"
     stage "bank$n" codebook.py "infer$n" "$d/bank$n/meta.json" "$Q codebook.py bank --profiles $d/profiles$n --out $d/bank$n"
     stage "ctr$n" ctr.py "bank$n" "$r/new$n/${few%%,*}_none_0.json" \
-      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user --models $few --features $FEATURES,hobby,background,stats+background $click --out $r/new$n \$FRESH"
+      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user --models $few --features $all $click --out $r/new$n \$FRESH"
   done
   stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
-  stage warmbank codebook.py "warm" "$r/meaning.json" \
-    "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md && $Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
-  stage warmctr ctr.py "warmbank" "$r/warm/${MODELS%%,*}_none_0.json" \
+  stage warmbank codebook.py warm "$r/cards.md" \
+    "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md"
+  [ ! -f "$d/data/truth.npz" ] || stage meaning "codebook.py ctr.py" warm "$r/meaning.md" \
+    "$Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json && $Q ctr.py meaning $r/meaning.json --out $r/meaning.md"
+  stage warmctr ctr.py warmbank "$r/warm/${MODELS%%,*}_none_0.json" \
     "$Q ctr.py run --data $d/data --bank $d/warmbank --models $MODELS --features $FEATURES $click --out $r/warm \$FRESH"
   stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" \
-    "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md && $Q ctr.py table $r/warm --out $r/warm.md && $Q ctr.py meaning $r/meaning.json --out $r/meaning.md"
+    "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md && $Q ctr.py table $r/warm --out $r/warm.md"
+  cat "$r/table.md" "$r/warm.md"
 }
 
 case ${1:-demo} in
   -h | --help | help) usage ;;
   demo)
     shop demo "--seed 0"; cat results/demo/table.md
-    echo "Real data: bash reproduce.sh small (MovieLens-100K). bash reproduce.sh full, the paper's Amazon sets, is not in this version." ;;
-  small) small; cat results/ml-100k/{table,warm,meaning}.md ;;
+    echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon)." ;;
+  small) real ml-100k ml-100k ;;
+  full) for set in $SETS; do real "${set//[:\/]/-}" "$set --new${CAP:+ --users $CAP}"; done ;;
   env | lm | data | profiles | bank | ctr | table) UNTIL=$1; shop demo "--seed 0" ;;
   seeds)
     shop demo "--seed 0"
@@ -184,8 +193,5 @@ case ${1:-demo} in
   test)
     shift; export RUN=test; environment
     "$PY" -m pytest -q -p no:cacheprovider -o "markers=slow: minutes, run by .ci/run" -m "not slow" "$@" test_uip.py ;;
-  full)
-    echo "reproduce.sh: full (the paper's Amazon sets) is not in this version; small runs on MovieLens-100K." >&2
-    exit 2 ;;
   *) echo "reproduce.sh: unknown word '$1'" >&2; usage >&2; exit 2 ;;
 esac
