@@ -688,8 +688,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def chart(title: str, names: list[str], values: list[float], kind: str = "bar") -> str:
+    """A Mermaid chart, whose axis does not start at 0; kind: bar or line."""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 0.01
+    digits = max(0, 3 - math.floor(math.log10(max(high - low, 1e-3))))
+    number = lambda value: f"{value:.{min(digits, 4)}f}"
+    axis = ", ".join(f'"{name}"' for name in names)
+    return (f'```mermaid\nxychart-beta\n    title "{title}"\n    x-axis [{axis}]\n    y-axis {number(low - room)} --> '
+            f'{number(high + room)}\n    {kind} [{", ".join(map(number, values))}]\n```')
+
+
 def render(runs: list[dict]) -> str:
-    """The results of one data set as Markdown: model × features, then what userip has over each control."""
+    """The results of one data set as Markdown: model × features, what userip has over each control, a chart."""
     aucs, gaucs, losses = (cells(runs, key) for key in ("auc", "gauc", "logloss"))
     main, minus, own = [], [], {one["features"] for one in runs} - {*FEATURES, "stats+userip"}
     pairs = [*PAIRS, *((name, "stats") for name in sorted(own, key=lambda name: (name.count("+"), name)))]
@@ -707,6 +718,10 @@ def render(runs: list[dict]) -> str:
     text += markdown(["model", "features", "AUC", "ΔAUC to none", "gAUC", "logloss", "seeds"], main)
     if any(any(row[1:]) for row in minus):
         text += "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], minus)
+    model = "deepfm" if "deepfm" in aucs else next(iter(aucs))
+    means = {name: float(np.mean(list(values.values()))) for name, values in aucs[model].items() if values}
+    if len(means) > 1:
+        text += "\n\n" + chart(f"{runs[0]['dataset']}: mean AUC of {model}", list(means), list(means.values()))
     return text
 
 
@@ -737,7 +752,7 @@ def table(args) -> None:
 
 def compare(args) -> None:
     """Several planted shops side by side, from their summary.json: are the IDs right, and what do they add?"""
-    ids, gains = [], []
+    ids, gains, traces, bars = [], [], [], {}
     for folder in map(Path, args.folders):
         summary = read_json(folder / "summary.json")
         try:
@@ -745,7 +760,9 @@ def compare(args) -> None:
                 sparse = summary["ari_sparse"][name]              # null where the shop has no such user
                 ids.append([folder.name, name, *(f"{own[key]:.3f}" if own else "" for key in ("own", "other")),
                             f"{sparse['own']:.3f}" if sparse else "", f"{summary['perplexity'][name]:.2f}", " → ".join(f"{value:.0f}" for value in summary["F"])])
+            traces += [(folder.name, summary["F"])] if len(summary["F"]) > 1 else []
             for model, by in summary["auc"].items():
+                bars |= {folder.name: float(np.mean(by["userip"]))} if model == "deepfm" and by.get("userip") else {}
                 seeds = {name: dict(enumerate(values)) for name, values in by.items()}
                 gains.append([folder.name, model, *(difference(seeds.get("userip"), seeds.get(other))
                                                     for other in ("none", "random", "shuffled", "stats"))])
@@ -753,7 +770,14 @@ def compare(args) -> None:
             raise Fault(4, f"{folder / 'summary.json'} is no summary of a planted shop ({error!r})") from None
     text = markdown(["shop", "profile", "ARI own", "ARI other", "ARI own, sparse users", "perplexity", "F"], ids)
     text += "\n\n" + markdown(["shop", "model", *(f"ΔAUC userip − {other}" for other in
-                                                 ("none", "random", "shuffled", "stats"))], gains) + "\n"
+                                                 ("none", "random", "shuffled", "stats"))], gains)
+    if len(bars) > 1:
+        text += "\n\n" + chart("mean AUC of deepfm with userip", list(bars), list(bars.values()))
+    if traces:
+        name, trace = traces[0]
+        steps = ["M 0", *(f"{half} {r}" for r in range(1, len(trace)) for half in "EM")][:len(trace)]
+        text += "\n\n" + chart(f"{name}: F after each half-step, from the first codebook on", steps, trace, "line")
+    text += "\n"
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 

@@ -1054,6 +1054,15 @@ def test_ctr_one_profile_alone_is_a_feature_set(tmp_path):
         2, "--features: 'colour' is none of none, random, shuffled, stats, userip, hobby, background")
 
 
+def test_ctr_chart_is_mermaid_with_the_values_inside_its_axis():
+    lines = ctr.chart("t", ["a", "b"], [0.71234, 0.73], "line").splitlines()
+    assert lines[:4] == ["```mermaid", "xychart-beta", '    title "t"', '    x-axis ["a", "b"]'] and lines[-1] == "```"
+    low, high = map(float, re.fullmatch(r"    y-axis (\S+) --> (\S+)", lines[4]).groups())
+    assert low < 0.7123 and high > 0.73 and lines[5] == "    line [0.7123, 0.7300]"
+    flat = ctr.chart("t", ["a"], [0.5]).splitlines()[4]
+    assert flat == "    y-axis 0.4900 --> 0.5100"
+
+
 def test_meaning_of_ids_by_hand(tmp_path):
     """information and guessed on labellings whose answers are plain; the command; its table."""
     coin, four = np.arange(400) % 2, np.arange(400) % 4
@@ -1139,7 +1148,10 @@ def test_ctr_table_pairs_by_seed_and_leaves_missing_cells_blank():
                for line in lines)
     assert "| lr | none | 0.7200 ± 0.0200 |  | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 3 |" in lines
     assert "| lr | stats | 0.7000 | +0.0000, n=1 |  | 0.5000 | 1 |" in lines
-    assert lines[-1].split(" | ")[:4] == ["| lr", "", "", "+0.0100, n=1"]
+    minus = [line for line in lines if line.startswith("| lr")][-1]
+    assert minus.split(" | ")[:4] == ["| lr", "", "", "+0.0100, n=1"]
+    assert lines[-5:-1] == ['    title "d: mean AUC of lr"', '    x-axis ["none", "stats", "userip"]',
+                            "    y-axis 0.6897 --> 0.8127", "    bar [0.7200, 0.7000, 0.8025]"]
 
 
 def test_ctr_interval_is_students():
