@@ -935,6 +935,9 @@ BENCHES = (
     ("em.json", "vs_naive", "E-step: ours / naive way in fp32, labelled tokens per second", ".1f", "≥ 3"),
     ("em.json", "vs_naive_same_dtype", "E-step: ours / naive way in equal dtype", ".1f", "≥ 1.8"),
     ("em.json", "tokens_per_s", "E-step: evidence tokens per second, forward and backward", ",.0f", ""),
+    ("em.json", "ms_per_user", "E-step: ms per user for one forward and backward pass", ",.0f", ""),
+    ("em.json", "profile.*.naive_same_dtype", "naive way: share of the time in {op}", ".0%", ""),
+    ("em.json", "profile.*.e_step", "E-step: share of the time in {op}", ".0%", ""),
     ("em.json", "peak_mb", "E-step: peak memory of the bench, naive way included, MB", ",.0f", ""),
     ("grow.json", "grow.*.seconds_per_user", "E-step, {users:,} users: seconds per user", ".4f", "flat"),
     ("grow.json", "grow.*.peak_mb", "E-step, {users:,} users: peak memory, MB", ",.0f", ""),
@@ -987,7 +990,8 @@ def benches(args) -> None:
     number = lambda value, form: format(value, form) if type(value) in (int, float) else ""
     for name, path, what, form, target in BENCHES:
         for value, near in dig(found[name], path.split("."), {}):
-            label = re.sub(r"{(\w+):?(.*?)}", lambda match: number(near.get(match[1]), match[2]) or "…", what)
+            told = lambda match: number(near.get(match[1]), match[2]) or str(near.get(match[1], "…"))
+            label = re.sub(r"{(\w+):?(.*?)}", told, what)
             rows.append([label, number(value, form), target, name])
     text = markdown(["what", "figure", "target", "file"], rows) + "\n"
     text += "".join(f"\n{', '.join(names)}: {place}.\n" for place, names in places.items())

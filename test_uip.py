@@ -1202,7 +1202,8 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     ctr.main(["benches", str(tmp_path)])                                 # nothing measured: every figure is blank
     empty = [line.split(" | ")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(empty) > 20 and not any(empty)
-    for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6},
+    for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6,
+                               "profile": [{"op": "aten::mm", "e_step": 0.5}]},
                         "grow": {"grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}]},
                         "codebook": {"machine": {"processor": "abacus", "cores": 4},
                                      "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}]},
@@ -1215,6 +1216,7 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     assert rows["E-step: ours / naive way in fp32, labelled tokens per second", "em.json |"] == "12.3"
     assert "| E-step: share of the bare LLM's speed |  |" in text
     assert rows["E-step: evidence tokens per second, forward and backward", "em.json |"] == "12,346"
+    assert rows["E-step: share of the time in aten::mm", "em.json |"] == "50%"
     assert rows["E-step, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
     assert "| E-step, 4,000 users: seconds per user |  |" in text and "| E-step, 4,000 users: peak memory, MB | 100 |" in text
     assert rows["k-means, 100,000 × 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
@@ -2113,6 +2115,9 @@ def test_bench_prints_json_and_grows(tiny, planted_folder, tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads((tmp_path / "em.json").read_text()) and last["naive_users"] == 2
     assert min(last[key] for key in ("of_limit", "vs_naive", "vs_naive_same_dtype", "tokens_per_s", "peak_mb")) > 0
+    assert last["ms_per_user"] == pytest.approx(1e3 * last["tokens"] / last["tokens_per_s"] / 4, rel=0.05)
+    for way in ("naive_same_dtype", "e_step"):                        # shares of the time, the largest among them
+        assert 0.2 < sum(one[way] for one in last["profile"]) <= 1.001 and min(one[way] for one in last["profile"]) >= 0
     uip.main([*words, "--grow"])
     grown = json.loads(capsys.readouterr().out.splitlines()[-1])["grow"]
     assert [one["users"] for one in grown] == [4, 16, 64] and grown[0]["peak_mb"] <= grown[2]["peak_mb"]

@@ -749,13 +749,25 @@ def ratios(args, lm, layout: Layout, evidence: list[dict]) -> dict:
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[way] += [time.perf_counter() - began] * (i > 0)
+    ops = {way: own_time(ways[way], lm.device) for way in ("naive_same_dtype", "e_step")}
+    top = sorted({op for by in ops.values() for op in sorted(by, key=by.get)[-5:]}, key=lambda op: -ops["e_step"].get(op, 0))
     mid = {way: float(np.median(values)) for way, values in seconds.items()}
     ratio = lambda way: float(np.median(np.divide(seconds[way], seconds["e_step"])))
     share = labels / sum(sum(pack(texts, layout).labels) for texts in some)
     return {"users": len(rows), "tokens": tokens, "labelled": labels, "naive_users": len(some), "seconds": seconds,
             "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
-            "of_limit": round(ratio("limit"), 3), "vs_naive": round(ratio("naive") * share, 2),
-            "vs_naive_same_dtype": round(ratio("naive_same_dtype") * share, 2)}
+            "ms_per_user": round(1e3 * mid["e_step"] / len(rows), 1), "of_limit": round(ratio("limit"), 3), "vs_naive": round(ratio("naive") * share, 2),
+            "vs_naive_same_dtype": round(ratio("naive_same_dtype") * share, 2),
+            "profile": [{"op": op, **{way: round(by.get(op, 0), 3) for way, by in ops.items()}} for op in top]}
+
+
+def own_time(run, device: torch.device) -> dict[str, float]:
+    """Each operator's share of the time of run(), its callees' not counted, by torch's profiler."""
+    with torch.profiler.profile() as profile:
+        run()
+    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    own = {event.key: getattr(event, which) for event in profile.key_averages()}
+    return {op: value / sum(own.values()) for op, value in own.items()}
 
 
 def grow(args, lm, layout: Layout, evidence: list[dict]) -> dict:
