@@ -5,6 +5,7 @@
     python ctr.py compare DIR… --out FILE.md                            planted shops side by side
     python ctr.py meaning FILE… --out FILE.md                           what IDs tell of users, from codebook.py
     python ctr.py include README.md                                     put such files into a README
+    python ctr.py tables results README.md                              all of these at once, from the JSON in results
     python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
     python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
 
@@ -813,6 +814,37 @@ def include(args) -> None:
         publish(path, new)
 
 
+# Planted shops that are set side by side: file → folders, as far as they are there.
+COMPARED = {
+    "shops.md": ("demo", "demo-1", "demo-2", "null"),
+    "ablations.md": ("demo", *(f"without-{part}" for part in "em views mask kmeans pretraining tuning llm".split())),
+    "sizes.md": ("codes-2", "demo", "codes-8", "codes-16", "codes-32")}
+
+
+def tables(args) -> None:
+    """Every table under a folder of results, from its JSON alone; then the blocks of a README."""
+    root = Path(args.folder)
+    if not root.is_dir():
+        raise Fault(2, f"{root} is no folder")
+    make = lambda do, **options: do(argparse.Namespace(**{"out": None, "summary": None, **options}))
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if (folder / "score.json").exists():
+            make(table, folders=[folder], out=folder / "table.md", summary=folder / "summary.json")
+        for name, pattern in (("table", "new[0-9]*"), ("without", "without-*"), ("warm", "warm")):
+            if parts := sorted(path for path in folder.glob(pattern) if path.is_dir()):
+                make(table, folders=parts, out=folder / f"{name}.md")
+        if (folder / "meaning.json").exists():
+            make(meaning, files=[folder / "meaning.json"], out=folder / "meaning.md")
+    for name, members in COMPARED.items():
+        there = [root / member for member in members if (root / member / "summary.json").exists()]
+        if len(there) > 1:
+            make(compare, folders=there, out=root / name)
+    if (root / "bench").is_dir():
+        make(benches, folder=root / "bench", out=root / "bench" / "table.md")
+    if args.readme:
+        make(include, file=args.readme)
+
+
 # ---------------------------------------------------------------------------------------------------- bench
 
 def bench_rows(rows: int, sizes=(20_000, 10_000, 16, 8), seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -1056,6 +1088,10 @@ def main(argv=None) -> None:
     six.set_defaults(do=benches)
     six.add_argument("folder", metavar="DIR", help="folder of em.json, codebook.json, ctr.json, …")
     six.add_argument("--out", help="file for the table (default: print it)")
+    eight = commands.add_parser("tables", help="every table of a results folder, and a README's blocks", allow_abbrev=False)
+    eight.set_defaults(do=tables)
+    eight.add_argument("folder", metavar="DIR", help="folder such as results")
+    eight.add_argument("readme", nargs="?", metavar="README", help="Markdown file whose blocks to fill")
     for command in (one, three):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)

@@ -180,15 +180,14 @@ case ${1:-demo} in
     shop demo "--seed 0"
     FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
     shop demo-1 "--seed 1"; shop demo-2 "--seed 2"; shop null "--seed 0 --null"
-    "$PY" ctr.py compare results/demo results/demo-1 results/demo-2 results/null --out results/shops.md
+    "$PY" ctr.py tables results
     cat results/shops.md ;;
   ablations)
     shop demo "--seed 0"
     FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
     for part in em views mask kmeans pretraining tuning llm; do WITHOUT=" --without $part"; shop "without-$part" "--seed 0"; done
     for k in 2 8 16 32; do WITHOUT= CODES=$k,$k; shop "codes-$k" "--seed 0"; done
-    "$PY" ctr.py compare results/{demo,without-{em,views,mask,kmeans,pretraining,tuning,llm}} --out results/ablations.md
-    "$PY" ctr.py compare results/codes-2 results/demo results/codes-{8,16,32} --out results/sizes.md
+    "$PY" ctr.py tables results
     cat results/ablations.md results/sizes.md ;;
   test)
     shift; export RUN=test; environment
