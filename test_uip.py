@@ -1483,6 +1483,10 @@ def test_data_ml_100k_readers_agree_and_refuse_another_file(tmp_path, monkeypatc
     assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
     (tmp_path / "ml-100k.zip").write_bytes(b"PK no zip")
     assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
+    (tmp_path / "wheel" / "recbole.whl").write_bytes(b"PK no zip")
+    with pytest.raises(data.Fault, match="is not the wheel") as fault:
+        data.recbole(tmp_path)
+    assert fault.value.code == 4
 
 
 def amazon_lines(generation):
