@@ -2,6 +2,7 @@
 
     python ctr.py run   --data DIR --bank DIR --models deepfm,dcn --features none,stats,userip --out DIR
     python ctr.py table DIR… --out FILE.md --summary FILE.json          Markdown tables from the runs' JSON
+    python ctr.py overview DIR… --out FILE.md                           a row per folder: mean AUC by feature set
     python ctr.py compare DIR… --out FILE.md                            planted shops side by side
     python ctr.py meaning FILE… --out FILE.md                           what IDs tell of users, from codebook.py
     python ctr.py include README.md                                     put such files into a README
@@ -751,6 +752,22 @@ def table(args) -> None:
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 
+def overview(args) -> None:
+    """Several folders of one model's results in a row each: mean AUC by feature set, then differences."""
+    aucs = {}
+    for folder in map(Path, args.folders):
+        by = cells(read_runs(folder), "auc")
+        aucs[folder.name] = by.get("deepfm") or next(iter(by.values()))
+    names = list(dict.fromkeys(name for by in aucs.values() for name in by))
+    own = [name for name in names if name not in (*FEATURES, "stats+userip")]
+    pairs = [("userip", "none"), *PAIRS, *((name, "stats") for name in own if "+" in name)]
+    mean = lambda values: f"{np.mean(list(values.values())):.4f}" if values else ""
+    text = markdown(["mean AUC", *names], [[key, *(mean(by.get(name)) for name in names)] for key, by in aucs.items()])
+    text += "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], [
+        [key, *(difference(by.get(a), by.get(b)) for a, b in pairs)] for key, by in aucs.items()]) + "\n"
+    publish(Path(args.out), text) if args.out else print(text, end="")
+
+
 def compare(args) -> None:
     """Several planted shops side by side, from their summary.json: are the IDs right, and what do they add?"""
     ids, gains, traces, bars = [], [], [], {}
@@ -830,9 +847,10 @@ def tables(args) -> None:
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if (folder / "score.json").exists():
             make(table, folders=[folder], out=folder / "table.md", summary=folder / "summary.json")
-        for name, pattern in (("table", "new[0-9]*"), ("without", "without-*"), ("warm", "warm")):
+        for name, pattern, do in (("known", "new[0-9]*", overview), ("table", "new[0-9]*", table),
+                                  ("warm", "warm", table), ("without", "without-*", overview)):
             if parts := sorted(path for path in folder.glob(pattern) if path.is_dir()):
-                make(table, folders=parts, out=folder / f"{name}.md")
+                make(do, folders=parts, out=folder / f"{name}.md")
         if (folder / "meaning.json").exists():
             make(meaning, files=[folder / "meaning.json"], out=folder / "meaning.md")
     for name, members in COMPARED.items():
@@ -1068,6 +1086,10 @@ def main(argv=None) -> None:
     two.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")
     two.add_argument("--out", help="file for the tables (default: print them)")
     two.add_argument("--summary", help="file for figures per seed, with DIR's score.json and seconds.json")
+    nine = commands.add_parser("overview", help="folders of results in a row each, by AUC", allow_abbrev=False)
+    nine.set_defaults(do=overview)
+    nine.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")
+    nine.add_argument("--out", help="file for the tables (default: print them)")
     four = commands.add_parser("compare", help="planted shops side by side, by summary.json", allow_abbrev=False)
     four.set_defaults(do=compare)
     four.add_argument("folders", nargs="+", metavar="DIR", help="folder with the summary.json of table")

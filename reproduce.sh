@@ -159,13 +159,12 @@ real() {
   stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
   stage warmbank codebook.py warm "$r/cards.md" \
     "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md"
-  [ ! -f "$d/data/truth.npz" ] || stage meaning "codebook.py ctr.py" warm "$r/meaning.md" \
-    "$Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json && $Q ctr.py meaning $r/meaning.json --out $r/meaning.md"
+  [ ! -f "$d/data/truth.npz" ] || stage meaning codebook.py warm "$r/meaning.json" \
+    "$Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
   stage warmctr ctr.py warmbank "$r/warm/${MODELS%%,*}_none_0.json" \
     "$Q ctr.py run --data $d/data --bank $d/warmbank --models $MODELS --features $FEATURES $click --out $r/warm \$FRESH"
-  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" \
-    "$Q ctr.py table $(printf "$r/new%s " $KNOWN)--out $r/table.md && $Q ctr.py table $r/warm --out $r/warm.md"
-  cat "$r/table.md" "$r/warm.md"
+  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" "$Q ctr.py tables results"
+  cat "$r/known.md" "$r/warm.md"
 }
 
 case ${1:-demo} in

@@ -1154,6 +1154,21 @@ def test_ctr_table_pairs_by_seed_and_leaves_missing_cells_blank():
                             "    y-axis 0.6897 --> 0.8127", "    bar [0.7200, 0.7000, 0.8025]"]
 
 
+def test_ctr_overview_has_a_row_per_folder(tmp_path):
+    run = {"dataset": "d", "model": "deepfm", "gauc": 0.5, "logloss": 0.5, "config": {}, "data_sha256": "x", "rows": {}}
+    for folder, gain in (("new1", 0.01), ("new8", 0.05)):
+        for features, plus in (("none", 0), ("stats", gain), ("stats+taste", 2 * gain)):
+            for seed in (0, 1):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                one = {**run, "features": features, "seed": seed, "auc": 0.7 + plus + seed / 100}
+                (tmp_path / folder / f"deepfm_{features}_{seed}.json").write_text(json.dumps(one))
+    ctr.main(["overview", str(tmp_path / "new1"), str(tmp_path / "new8"), "--out", str(tmp_path / "o.md")])
+    lines = (tmp_path / "o.md").read_text().splitlines()
+    assert lines[0] == "| mean AUC | none | stats | stats+taste |" and lines[3] == "| new8 | 0.7050 | 0.7550 | 0.8050 |"
+    assert lines[5].endswith("| stats+userip − stats | stats+taste − stats |")
+    assert lines[8] == "| new8 |  |  |  |  |  | +0.0500 [+0.0500, +0.0500], n=2 |"
+
+
 def test_ctr_interval_is_students():
     assert ctr.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 3.182 * 1.2909944 / 2), rel=1e-6)
     assert len(ctr.T95) == 30 and list(ctr.T95) == sorted(ctr.T95, reverse=True)
