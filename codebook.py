@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl                                             # not on Windows
+except ImportError:
+    fcntl = None
 
 
 class Fault(Exception):
@@ -299,12 +304,50 @@ def sync(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes NAME.tmp, then renames: a reader sees the old file or the new one."""
+def publish(path: Path, write) -> None:
+    """A file appears whole or not at all: `write(file)` into NAME.tmp, fsync, rename."""
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    sync(fresh)
+    with open(fresh, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    publish(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
+                           "or choose another --out") from None
+        except OSError:                                            # a file system without locks
+            pass
+        with suppress(FileNotFoundError):                          # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
 
 
 def unreadable(path: Path, error: Exception) -> Fault:
@@ -389,9 +432,21 @@ def digest(path: Path, sample: bool = False) -> str:
 
 
 def seal(meta: dict) -> str:
-    """sha256 of a bank's meta.json without its own seal."""
-    rest = {key: value for key, value in meta.items() if key != "seal"}
+    """sha256 of a bank's meta.json without its own seal and the facts of the run that made it."""
+    rest = {key: value for key, value in meta.items() if key not in ("seal", "run")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def replaced(folder: Path) -> Path:
+    """Where the old bank stands while the new one takes its place."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def identity(folder: Path) -> tuple | None:
+    """Tells a folder from another that took its name; None: there is none."""
+    with suppress(OSError):
+        found = os.stat(folder)
+        return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 class Bank:
@@ -400,6 +455,7 @@ class Bank:
     keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user
     up to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it sees every
     truncated or exchanged file, and every altered byte of files up to 4 MiB; verify() reads everything.
+    A new bank takes the place of the old in two renames; a reader sees one of the two, and keeps the one it has open.
     """
 
     FILES = ("keys.npy", "codes.npy", "codebook.npz")
@@ -414,7 +470,7 @@ class Bank:
         meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept beside them.
         Takes about 40 bytes of memory a user. A bank already there is replaced only when the new one is complete.
         """
-        folder, codes, meta = Path(folder), np.asarray(codes), dict(meta or {})
+        folder, codes, meta = Path(folder).resolve(), np.asarray(codes), dict(meta or {})
         if codes.shape[:-1] != (len(users),) or not codes.size or codes.dtype.kind not in "iu":
             raise Fault(4, f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
         if codes.min() < 0 or codes.max() > 65535:
@@ -431,41 +487,64 @@ class Bank:
         for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
             a, b = str(users[order[i]]), str(users[order[i + 1]])
             raise Fault(4, f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
-        fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for stale in (fresh, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        np.save(fresh / "keys.npy", keys)
-        np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
-        mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
-        np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
-        meta |= {"version": VERSION, "users": len(users),
-                 "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
-                 "sha256": {name: digest(fresh / name) for name in cls.FILES},
-                 "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
-        write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
-        sync(fresh)
-        if folder.exists():                                        # a folder cannot be replaced in one step
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with alone(folder.with_name(folder.name + ".lock")):
+            fresh, old = folder.with_name(folder.name + ".tmp"), replaced(folder)
+            if old.exists() and not folder.exists():                   # a build was killed between its two renames
+                old.rename(folder)
+            for stale in (fresh, old):
+                shutil.rmtree(stale, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            np.save(fresh / "keys.npy", keys)
+            np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
+            mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
+            np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
+            meta |= {"version": VERSION, "users": len(users),
+                     "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
+                     "sha256": {name: digest(fresh / name) for name in cls.FILES},
+                     "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
+            write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
+            sync(fresh)
+            if folder.exists():                                        # a folder cannot be replaced in one step
+                folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod
     def open(cls, folder) -> "Bank":
         """Memory-maps a bank. Fault 4 if it is missing, truncated, altered or of another version."""
         folder = Path(folder)
+        while True:                                                    # until no build came between our looks
+            at = replaced(folder) if replaced(folder).exists() and not folder.exists() else folder
+            before = identity(at)
+            try:
+                bank = cls.look(at)
+            except Fault:
+                if identity(at) == before:
+                    raise
+            else:
+                if identity(at) == before:
+                    return bank
+
+    @classmethod
+    def look(cls, folder: Path) -> "Bank":
+        """The bank as it stands in `folder` at this moment."""
         meta = read_json(folder / "meta.json", "version", "seal", "users", "names", "sample")
         if meta["version"] != VERSION:
             raise Fault(4, f"{folder} has version {meta['version']}, needed is {VERSION}: build the bank again")
-        for name in cls.FILES:
-            path = folder / name
-            if not path.is_file() or digest(path, sample=True) != meta["sample"].get(name):
-                raise Fault(4, f"{path} is missing, truncated or altered: build the bank again")
-        if seal(meta) != meta["seal"]:
-            raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
-        keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-                       for name in cls.FILES[:2])
+        try:
+            for name in cls.FILES:
+                if digest(folder / name, sample=True) != meta["sample"][name]:
+                    raise Fault(4, f"{folder / name} was truncated or altered: build the bank again")
+            if seal(meta) != meta["seal"]:
+                raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
+            keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+                           for name in cls.FILES[:2])
+            if not (keys.dtype == np.uint64 and codes.dtype in (np.uint8, np.uint16) and keys.ndim == 1 and len(keys)
+                    and codes.shape == (len(keys), len(meta["names"])) and all(type(n) is str for n in meta["names"])):
+                raise Fault(4, f"{folder}: keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise Fault(4, f"{folder} is damaged, {error}: build the bank again") from None
         return cls(folder, meta, keys, codes)
 
     def verify(self) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -38,6 +39,7 @@ import threading
 import time
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +50,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
-    import resource                                          # not on Windows
+    import fcntl                                             # neither on Windows
+    import resource
 except ImportError:
-    resource = None
+    fcntl = resource = None
 
 BANK_VERSION = 1
 FEATURES = ("none", "random", "shuffled", "stats", "userip")
@@ -288,23 +291,24 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def checked(folder: Path, meta: dict, name: str) -> Path:
-    """The file's path, once its SHA-256 is the one in meta.json."""
+def checked(folder: Path, meta: dict, name: str) -> io.BytesIO:
+    """The file's bytes, whose SHA-256 is the one in meta.json."""
     path = folder / name
     if not path.is_file():
         raise Fault(4, f"{path} is missing: make the folder anew")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != (meta.get("sha256") or {}).get(name):
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != (meta.get("sha256") or {}).get(name):
         raise Fault(4, f"{path} is not the file meta.json describes (cut, or of another run): make it anew")
-    return path
+    return io.BytesIO(content)
 
 
 def read_data(folder) -> Data:
     """A data folder (interactions.npz, meta.json), checked."""
     folder = Path(folder)
     meta = read_json(folder / "meta.json")
-    path = checked(folder, meta, "interactions.npz")
+    path = folder / "interactions.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(checked(folder, meta, path.name), allow_pickle=False) as arrays:
             data = Data(meta["name"], meta["fields"], meta["sizes"], sha256=meta["sha256"][path.name],
                         **{key: arrays[key] for key in Data._fields[3:-1]})
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -331,14 +335,28 @@ def hash_users(users) -> np.ndarray:
 
 
 def read_bank(folder, users: np.ndarray) -> Bank:
-    """The bank's codes of `users`; 0 for those it does not hold."""
-    folder = Path(folder)
+    """The bank's codes of `users`; 0 for those it does not hold.
+
+    A new bank takes the old one's place in two renames, between which the old one stands beside: hence a second look.
+    """
+    folder = Path(folder).resolve()
+    old = folder.with_name(folder.name + ".replaced")
+    for last in (False, False, True):
+        try:
+            return look(old if old.exists() and not folder.exists() else folder, users)
+        except Fault:
+            if last:
+                raise
+            time.sleep(0.05)
+
+
+def look(folder: Path, users: np.ndarray) -> Bank:
+    """read_bank, as the folder stands at this moment."""
     meta = read_json(folder / "meta.json")
     if meta.get("version") != BANK_VERSION:
         raise Fault(4, f"{folder} is a bank of version {meta.get('version')}, not {BANK_VERSION}: redo it")
     try:
-        paths = [checked(folder, meta, name) for name in ("keys.npy", "codes.npy")]
-        keys, codes = (np.load(path, allow_pickle=False) for path in paths)
+        keys, codes = (np.load(checked(folder, meta, name), allow_pickle=False) for name in ("keys.npy", "codes.npy"))
         sizes = [int(size) for size in meta["sizes"]]
     except (KeyError, TypeError, ValueError) as error:
         raise Fault(4, f"{folder}: damaged bank: {error}") from None
@@ -541,6 +559,38 @@ def publish(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
+                           "or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):  # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 def dump(value: dict) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -583,38 +633,73 @@ def run(args) -> None:
         raise Fault(2, "--drop leaves no field")
     bank = read_bank(args.bank, data.users) if args.bank else Bank(None, [4, 3], None, None)
     codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None}
-    command = shlex.join(["python", "ctr.py", *sys.argv[1:]])
-    if args.restart:
-        for path in results(Path(args.out)):
-            path.unlink()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    code, done = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), 0
-    bar = Progress(total=len(models) * len(features) * args.seeds, desc="runs", unit="run")
-    for model, feature, seed in itertools.product(models, features, range(args.seeds)):
+    code, began, out = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), time.time(), Path(args.out)
+
+    def setting(model: str, feature: str, seed: int) -> dict:
+        """All that a result depends on, as its file says it."""
         signature, uses = inspect.signature(MODELS[model]).parameters, set(feature.split("+"))
         defaults = {name: value.default for name, value in signature.items() if name != "field_sizes"}
         ids = bool(uses & {"userip", "shuffled"})
-        setting = {"dataset": data.name, "model": model, "features": feature, "seed": seed,
-                   "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
-                   "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256,
-                   "bank": bank.about if ids else None, "lm": bank.lm if ids else None}
-        setting = json.loads(json.dumps(setting))                        # tuples become lists, as in the file
-        path = Path(args.out) / f"{model}_{feature}_{seed}.json"
-        old = read_json(path) if path.exists() else {}
-        if all(old.get(key, path) == value for key, value in setting.items()):
-            done += 1
-        else:
+        return json.loads(json.dumps({                                   # tuples become lists, as in the file
+            "dataset": data.name, "model": model, "features": feature, "seed": seed,
+            "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
+            "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256,
+            "bank": bank.about if ids else None, "lm": bank.lm if ids else None}))
+
+    wanted = {out / "{}_{}_{}.json".format(*one): setting(*one)
+              for one in itertools.product(models, features, range(args.seeds))}
+    with alone(out / ".lock"):
+        done = kept(out, wanted, args.restart)
+        bar = Progress(total=len(wanted), initial=len(done), desc="runs", unit="run")
+        for path, one in wanted.items():
+            if path in done:
+                continue
             def report(text):
                 bar.set_postfix_str(f"{path.stem} {text}", refresh=False)
                 bar.update(0)
-            start = time.perf_counter()
-            extra = add_features(feature, data, codes, bank.sizes, seed)
-            figures = run_one(data, model, extra, seed, setting["config"], report)
-            publish(path, dump({**setting, **figures, "command": command, "versions": versions,
-                                "seconds": round(time.perf_counter() - start, 3)}))
-        bar.update()
-    bar.close()
-    print(f"{args.out}: {bar.total - done} runs, {done} of them kept from before (nothing has changed)")
+            start = time.time()
+            extra = add_features(one["features"], data, codes, bank.sizes, one["seed"])
+            figures = run_one(data, one["model"], extra, one["seed"], one["config"], report)
+            publish(path, dump({**one, **figures, "run": facts(start, config["device"])}))
+            bar.update()
+        bar.close()
+        publish(out / "meta.json", dump({
+            "dataset": data.name, "data_sha256": data.sha256, "code_sha256": code, "config": {**config, "dim": args.dim},
+            "models": models, "features": features, "seeds": args.seeds, "bank": bank.about, "lm": bank.lm,
+            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in results(out)},
+            "run": facts(began, config["device"])}))
+    print(f"{args.out}: {len(wanted)} runs, {len(done)} of them kept from before (nothing has changed)")
+
+
+def kept(out: Path, wanted: dict[Path, dict], restart: bool) -> set[Path]:
+    """The results in `out` that the wanted settings would give again. Of others none is used: --restart removes them."""
+    done, common = set(), {key: next(iter(wanted.values()))[key] for key in ("dataset", "data_sha256", "code_sha256")}
+    for path in results(out):
+        if restart:
+            path.unlink()
+            continue
+        old, new = flat(read_json(path)), flat(wanted.get(path, common))
+        differs = [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key, path) != value]
+        if differs:
+            raise Fault(2, f"{path} comes from other settings, data or code ({'; '.join(differs)}). Choose another --out, "
+                           "or pass --restart to remove the results there")
+        done |= {path} & set(wanted)
+    return done
+
+
+def flat(setting: dict, name: str = "") -> dict:
+    """{"config.lr": 0.01, …}, for messages."""
+    parts = [flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value} for key, value in setting.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def facts(began: float, device: str) -> dict:
+    """How, when and where something ran: all that may differ between two runs with equal results."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")
+                if importlib.util.find_spec(name)}
+    return {"command": shlex.join(["python", "ctr.py", *sys.argv[1:]]), "seconds": round(time.time() - began, 3),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), "peak_mb": peak_mb(),
+            "machine": machine(torch.device(device)), "versions": {"python": platform.python_version(), **versions}}
 
 
 # ---------------------------------------------------------------------------------------------------- table

@@ -27,6 +27,7 @@ import http.client
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -34,8 +35,9 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import sleep
+from time import sleep, strftime
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -43,6 +45,11 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl  # not on Windows
+except ImportError:
+    fcntl = None
 
 
 class Fault(Exception):
@@ -500,6 +507,38 @@ def publish(path: Path, write) -> str:
     return digest(path)
 
 
+@contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
+                           "or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        with suppress(FileNotFoundError):  # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
+
+
 def publish_json(path: Path, value) -> None:
     """Keys stay in the order given: that of a layout's profiles is the order of θ and of the codes."""
     publish(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
@@ -824,8 +863,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = vars(build_parser().parse_args(argv))
-    name, out = args.pop("dataset"), args.pop("out")
+    name, out, held = args.pop("dataset"), args.pop("out"), ExitStack()
     try:
+        held.enter_context(alone(out / ".lock" if name != "lm" else Path(f"{out.resolve()}.lock")))
         if name == "lm":
             lm(out, args["name"])
             return
@@ -840,6 +880,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(save(out, name, ready, LAYOUTS[name], args, data.truth)))
     except OSError as error:
         raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
+    finally:
+        held.close()
 
 
 if __name__ == "__main__":

@@ -813,8 +813,8 @@ def ctr_xor(n, seed):
 
 
 def ctr_bytes(path):
-    """The results of a folder without what the clock decides."""
-    return {p.name: re.sub(r'"seconds": .*', "", p.read_text()) for p in sorted(path.glob("*.json"))}
+    """The results of a folder without the facts of the run that made them."""
+    return {p.name: {**json.loads(p.read_text()), "run": None} for p in ctr.results(path)}
 
 
 def ctr_fault(code, *argv):
@@ -1033,12 +1033,16 @@ def test_ctr_run_and_table_end_to_end(tmp_path, monkeypatch, capsys):
     (out / "deepfm_userip_1.json").unlink()
     ctr.main(argv)                                               # only the missing one is trained, to the same bytes
     assert len(trained) == 19 and ctr_bytes(out) == first
-    ctr_bank(tmp_path / "bank", range(39))
-    ctr.main(argv)                                               # another bank: what used it runs again
-    assert len(trained) == 25
+    about = json.loads((out / "meta.json").read_text())
+    assert set(about["sha256"]) == set(first) and about["run"]["versions"]["torch"] == torch.__version__
+    ctr_bank(tmp_path / "bank", range(39))                       # another bank, other data or code: nothing is mixed
+    assert "deepfm_userip_0.json" in ctr_fault(2, *argv) and "bank.users: 40 → 39" in ctr_fault(2, *argv)
     ctr_data(tmp_path / "data", seed=1)
-    ctr.main(argv)                                               # other data: everything
-    assert len(trained) == 43
+    assert "data_sha256: " in ctr_fault(2, *argv) and "--restart" in ctr_fault(2, *argv)
+    assert "config.lr: 0.01 → 0.02;" in ctr_fault(2, *argv, "--lr", "0.02")
+    assert len(trained) == 19 and ctr_bytes(out) == first
+    ctr.main([*argv, "--restart"])
+    assert len(trained) == 37
 
     (out / "score.json").write_text('{"F": [1.0], "lm": "scored"}')
     (out / "seconds.json").write_text('{"ctr": 3}')
@@ -1783,6 +1787,86 @@ def test_killed_fit_resumes_to_the_same_bytes(tiny, planted_folder, tmp_path):
         run.wait()
         uip.main(command[2:])
         assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+
+
+@pytest.mark.parametrize("module", [uip, codebook, data, ctr])
+def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(module, tmp_path):
+    path, program = tmp_path / "out" / ".lock", f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path;"
+    with module.alone(path):
+        with pytest.raises(module.Fault, match=f"process {os.getpid()} on .* since 20") as fault:
+            with module.alone(path):
+                pass
+        assert fault.value.code == 2
+    assert not path.exists()                                         # nothing stays behind
+    program += f"import {module.__name__} as m\nwith m.alone(Path({str(path)!r})): print(1, flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(module.Fault, match=f"process {other.pid} "):
+        with module.alone(path):
+            pass
+    other.kill()
+    other.wait()
+    with module.alone(path):
+        assert f"process {os.getpid()} " in path.read_text()
+    other.stdout.close()
+
+
+def test_every_command_that_writes_a_folder_takes_its_lock(tiny, planted_folder, tmp_path):
+    """Held by another: exit 2, and not a byte is written."""
+    profiles, shop = tiny_folders(tmp_path)
+    bank, runs = ctr_bank(tmp_path / "other"), ctr_data(tmp_path / "rows")
+    out = tmp_path / "out"
+    for module, argv, lock in (
+            (uip, fit_args(planted_folder, tiny, out), out / ".lock"),
+            (data, ["planted", "--out", str(out)], out / ".lock"),
+            (data, ["lm", "--out", str(out)], tmp_path / "out.lock"),
+            (codebook, ["bank", "--profiles", str(profiles), "--out", str(out)], tmp_path / "out.lock"),
+            (ctr, ["run", "--data", str(runs), "--bank", str(bank), "--models", "lr", "--out", str(out)], out / ".lock")):
+        with codebook.alone(lock):
+            code, message = code_of(module, argv)
+            assert code == 2 and f"process {os.getpid()} on" in message, argv
+            assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
+
+
+def test_readers_see_the_old_bank_or_the_new_one(tmp_path, monkeypatch):
+    """A look at every step of a replacement: never a mix, never nothing; and a build killed at any step loses no bank."""
+    bank, users, codes = make_bank(tmp_path / "bank")
+    names, seen = [f"user{i}" for i in range(3000)], []
+
+    def look():
+        found = Bank.open(tmp_path / "bank")
+        assert len(found.keys) in (2000, 3000) and (found.meta["lm"] == "new") == (len(found.keys) == 3000)
+        about = ctr.read_bank(tmp_path / "bank", np.array(users)).about
+        assert about["users"] == len(found.keys)
+        return len(found.keys)
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(1, 100):
+        left = [step]
+
+        def watched(honest, *args, **kwargs):
+            seen.append(look())
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            return honest(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", partial(watched, os.replace))
+            patch.setattr(os, "rename", partial(watched, os.rename))
+            patch.setattr(os, "fsync", partial(watched, os.fsync))
+            patch.setattr(os, "unlink", partial(watched, os.unlink))
+            try:
+                Bank.build(tmp_path / "bank", names, np.ones((3000, 2), int), {"names": ["a", "b"], "lm": "new"})
+                break
+            except Killed:
+                look()
+        make_bank(tmp_path / "bank")
+        assert look() == 2000
+    assert set(seen) == {2000, 3000} and step > 6 and look() == 3000
+    assert bank.lookup(users[:9]).tolist() == codes[:9].tolist()        # the one that was open all along
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]

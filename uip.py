@@ -28,6 +28,7 @@ import resource
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -41,7 +42,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import Fault, Progress, as_json, assign, kmeans, perplexity, read_json, read_npz, write_text
+from codebook import (Fault, Progress, alone, as_json, assign, digest, kmeans, perplexity, publish, read_json, read_npz,
+                      write_text)
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -531,16 +533,6 @@ def describe(name: str, lm) -> dict:
             "parameters": sum(p.numel() for p in lm.parameters()), "fingerprint": sha.hexdigest()[:16]}
 
 
-def publish(path: Path, write) -> None:
-    """A file appears whole or not at all: `write(file)` into .tmp, fsync, rename."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-
-
 def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
     """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
     meta, users, evidence = read_json(folder / "meta.json", "name", "layout", "sha256"), [], []
@@ -734,17 +726,13 @@ def grow(args, lm, layout: Layout, evidence: list[dict]) -> dict:
 # ----------------------------------------------------------------------------------------------------- CLI
 
 def claim(folder: Path, settings: dict, restart: bool) -> None:
-    """Makes `folder` this run's own: shards of other settings are refused, or dropped with --restart."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Fault(2, f"--out {folder}: {error.strerror}") from None
+    """Makes `folder` this run's own: shards of other settings, data, LLM or code are refused, or dropped with --restart."""
     path, parts = folder / "settings.json", list(folder.glob("shard_*.pt*"))
     if restart:
         for part in parts:
             part.unlink()
-    elif parts and path.exists():
-        old = read_json(path)
+    elif parts:
+        old = read_json(path) if path.exists() else {}
         differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
         if differs:
             what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
@@ -753,7 +741,12 @@ def claim(folder: Path, settings: dict, restart: bool) -> None:
     write_text(path, as_json(settings))
 
 
-def run_em(args) -> None:
+def code() -> str:
+    """sha256 of the code that shards are made by."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, kmeans.__code__.co_filename))).hexdigest()
+
+
+def run_em(args, held: ExitStack) -> None:
     """fit and infer: EM over the users of a data folder; infer takes settings and codebook from --profiles."""
     began, out = time.time(), Path(args.out)
     users, evidence, source = read_evidence(Path(args.data))
@@ -777,10 +770,11 @@ def run_em(args) -> None:
     if not active or not given and max(codes) > len(active):
         raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
     book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
-    codebook = hashlib.sha256((given / "profiles.npz").read_bytes()).hexdigest() if given else None
     if place()[0] == 0:
-        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"],
-                    "codebook": codebook}, args.restart)
+        held.enter_context(alone(out / ".lock"))
+        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": digest(Path(args.data) / "evidence.jsonl"),
+                    "layout": source["layout"], "codebook": digest(given / "profiles.npz") if given else None,
+                    "code": code()}, args.restart)
     meet()
     log = print if place()[0] == 0 else lambda text: None
     log(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
@@ -833,9 +827,12 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
         args.device = join(args.device)
     try:
-        bench(args) if args.command == "bench" else run_em(args)
+        with ExitStack() as held:
+            bench(args) if args.command == "bench" else run_em(args, held)
     except torch.OutOfMemoryError:
-        raise Fault(2, f"out of memory: lower --budget {args.budget} (finished shards are kept)") from None
+        raise Fault(2, "out of memory even with one user at a time (finished shards are kept)") from None
+    except OSError as error:
+        raise Fault(2, f"cannot write {error.filename or args.out}: {error.strerror or error}. Finished shards are kept") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
