@@ -1971,6 +1971,47 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, number):
+    """With a python that hangs in the stage `data`: a signal to the script ends both; SIGKILL leaves a lock to take over."""
+    for name in ("data.py", "reproduce.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "lm").mkdir()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\ncase $1 in data.py) echo $$ > pid; sleep 600 & wait ;; esac\n")
+    python.chmod(0o755)
+    command = ["bash", "reproduce.sh", "data"]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": "lm"}, "stderr": subprocess.PIPE,
+                "stdout": subprocess.DEVNULL, "text": True}
+
+    def begun():
+        (tmp_path / "pid").unlink(missing_ok=True)
+        run = subprocess.Popen(command, **settings)
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        return run, int((tmp_path / "pid").read_text())
+
+    run, child = begun()
+    second = subprocess.run(command, **settings)
+    assert second.returncode == 2 and f"process {run.pid} on" in second.stderr, second.stderr
+    run.send_signal(number)
+    assert "The same command goes on" in run.communicate()[1] and run.returncode == 128 + number
+    state = lambda: subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True).stdout
+    while state().strip() not in ("", "Z", "Z+"):                    # a zombie until somebody asks for it
+        time.sleep(0.01)
+    assert not list(tmp_path.glob("runs/*/*.lock"))
+    run, child = begun()
+    run.kill()
+    run.wait()
+    os.killpg(os.getpgid(child), signal.SIGKILL)
+    run, child = begun()                                             # the dead script's lock is no hindrance
+    run.terminate()
+    run.communicate()
+    assert run.returncode == 143
+
+
 def test_modules_stand_alone():
     own = {"uip", "data", "codebook", "ctr"}
     for name, allowed in (("data", set()), ("codebook", set()), ("ctr", set()), ("uip", {"codebook"})):
