@@ -2,6 +2,7 @@
 
     python codebook.py bank   --profiles DIR --out DIR               the bank: user id → codes, memory-mapped
     python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
+    python codebook.py verify DIR...                                 is a folder what its meta.json records? else exit 4
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
     python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
     python codebook.py bench  [--rows N] [--users N] [--out FILE]    speed of k-means and of the bank
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -24,6 +26,8 @@ import time
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +37,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 try:
-    import fcntl                                             # not on Windows
+    import fcntl                                             # neither on Windows
+    import resource
 except ImportError:
-    fcntl = None
+    fcntl = resource = None
 
 
 class Fault(Exception):
@@ -350,6 +355,18 @@ def alone(path: Path):
             file.close()
 
 
+def facts(began: float, program: str) -> dict:
+    """How, when and where a command ran: all that may differ between two runs with equal results. → meta.json's "run"."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
+        if resource else None
+    gpu = {"gpu": torch.cuda.get_device_name(), "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20} \
+        if torch.cuda.is_available() else {}
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy") if find_spec(name)}
+    return {"command": shlex.join(["python", program, *sys.argv[1:]]), "seconds": round(time.time() - began, 1),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), "peak_mb": peak,
+            "machine": {**machine(), **gpu}, "versions": {"python": platform.python_version(), **versions}}
+
+
 def unreadable(path: Path, error: Exception) -> Fault:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Fault(4, f"{path} does not exist")
@@ -616,7 +633,7 @@ def match(users, known) -> np.ndarray:
 
 def command_bank(args) -> None:
     """PROFILES folders → bank. Several share one codebook, as those of fit and of infer do; of a user the last counts."""
-    folders, first = args.profiles, read_profiles(args.profiles[0])
+    began, folders, first = time.time(), args.profiles, read_profiles(args.profiles[0])
     users, codes = [], []
     for folder, profiles in ((folder, read_profiles(folder)) for folder in reversed(folders)):
         if profiles.names != first.names or not all(map(np.array_equal, profiles.mu, first.mu)):
@@ -625,11 +642,29 @@ def command_bank(args) -> None:
         users.append(profiles.users[new])
         codes.append(profiles.ids[new] + 1)
     meta = {"names": first.names, "lm": first.meta.get("lm"),
-            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders]}
+            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders],
+            "settings": first.meta.get("settings"), "data_sha256": first.meta.get("data_sha256"),
+            "code_sha256": digest(Path(__file__)), "run": facts(began, "codebook.py")}
     bank = Bank.build(args.out, np.concatenate(users), np.concatenate(codes), meta, first.mu)
     size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:2])
     print(f"bank of {len(bank.keys)} users in {args.out}: {size / len(bank.keys):.1f} bytes a user, "
           f"codes {dict(zip(first.names, bank.meta['sizes']))}")
+
+
+def command_verify(args) -> None:
+    """Checks folders (data, profiles, bank, results) against their own meta.json; exit 4 names a file that differs."""
+    for folder in map(Path, args.folder):
+        meta = read_json(folder / "meta.json", "sha256")
+        if "seal" in meta and seal(meta) != meta["seal"]:
+            raise Fault(4, f"{folder / 'meta.json'} was altered since it was made")
+        if not isinstance(meta["sha256"], dict) or not meta["sha256"] or any(Path(name).name != name for name in meta["sha256"]):
+            raise Fault(4, f"{folder / 'meta.json'} records no files of its folder")
+        for name, sha in meta["sha256"].items():
+            if not (folder / name).is_file():
+                raise Fault(4, f"{folder / name} is missing")
+            if digest(folder / name) != sha:
+                raise Fault(4, f"{folder / name} is not the file that meta.json records")
+        print(f"{folder}: {', '.join(meta['sha256'])} as recorded")
 
 
 def command_lookup(args) -> None:
@@ -865,6 +900,7 @@ def main(argv: list[str] | None = None) -> None:
     command("bank", command_bank, several, ("--out", folder("where the bank goes; a bank there is replaced")))
     command("lookup", command_lookup, ("--bank", folder("bank to look in")),
             ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
+    command("verify", command_verify, ("folder", {"nargs": "+", "metavar": "DIR", "help": "folder with a meta.json"}))
     command("cards", command_cards, profiles, data,
             ("--out", {"metavar": "FILE", "help": "Markdown file (default: standard output)"}),
             ("--top", {"type": int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))

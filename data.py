@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import sleep, strftime
+from time import gmtime, sleep, strftime
+from time import time as now
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -47,9 +49,10 @@ import numpy as np
 from tqdm import tqdm
 
 try:
-    import fcntl  # not on Windows
+    import fcntl  # neither on Windows
+    import resource
 except ImportError:
-    fcntl = None
+    fcntl = resource = None
 
 
 class Fault(Exception):
@@ -544,6 +547,22 @@ def publish_json(path: Path, value) -> None:
     publish(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+BEGAN = now()
+
+
+def facts() -> dict:
+    """How, when and where this ran: all that may differ between two runs that give the same files."""
+    processor, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.*)", info.read_text())):
+        processor = found[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
+        if resource else None
+    return {"command": shlex.join(["python", "data.py", *sys.argv[1:]]), "seconds": round(now() - BEGAN, 1),
+            "started": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(BEGAN)), "peak_mb": peak,
+            "machine": {"processor": processor, "cores": os.cpu_count()},
+            "versions": {"python": platform.python_version(), "numpy": np.__version__}}
+
+
 def statistics(ready: Prepared) -> dict:
     """Counts for meta.json and the screen. A sparse user has fewer than six training rows."""
     parts, y = ready.arrays["split"], ready.arrays["y"]
@@ -567,10 +586,10 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
     if truth:
         known = {profile: np.array([classes[user] for user in users]) for profile, classes in truth.items()}
         n_train = np.bincount(arrays["user"][arrays["split"] == 0], minlength=len(users)).astype(np.int32)
-        publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
+        sha["truth.npz"] = publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
     publish_json(out / "meta.json", {
         "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
-        "stats": stats, "seed": config["seed"], "config": config})
+        "stats": stats, "seed": config["seed"], "config": config, "code_sha256": digest(__file__), "run": facts()})
     return stats
 
 

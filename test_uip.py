@@ -824,6 +824,17 @@ def ctr_fault(code, *argv):
     return str(fault.value)
 
 
+def outcome(folder):
+    """All files below a folder, the facts of the run apart ("run" in JSON): what a run has to give again, bit for bit."""
+    def content(path):
+        if path.suffix == ".json":
+            found = json.loads(path.read_text())
+            sealed = found.get("sha256", {}) if "models" in found else {}      # of ctr.py's results, which hold run facts
+            return json.dumps({**found, "run": None, **({"sha256": sorted(sealed)} if sealed else {})})
+        return path.read_bytes()
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 # models
 
 def test_ctr_fm_is_the_sum_over_pairs():
@@ -1213,9 +1224,9 @@ def test_data_cli_same_seed_same_bytes_and_truth_apart(tmp_path, capsys):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         data.main(["planted", "--out", str(tmp_path / name), "--users", "40", "--seed", seed])
     stats = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for file in ("interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"):
-        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
-        assert a == b != c
+    a, b, c = (outcome(tmp_path / name) for name in "abc")
+    assert set(a) == {"interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"}
+    assert a == b and all(a[file] != c[file] for file in a)
     out, meta = tmp_path / "c", json.loads((tmp_path / "c/meta.json").read_text())
     arrays, truth = np.load(out / "interactions.npz"), np.load(out / "truth.npz")
     lines = [json.loads(line) for line in (out / "evidence.jsonl").read_text().splitlines()]
@@ -1867,6 +1878,36 @@ def test_readers_see_the_old_bank_or_the_new_one(tmp_path, monkeypatch):
     assert set(seen) == {2000, 3000} and step > 6 and look() == 3000
     assert bank.lookup(users[:9]).tolist() == codes[:9].tolist()        # the one that was open all along
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_every_folder_says_what_made_it_and_verify_finds_what_changed(tiny, planted_folder, tmp_path):
+    out = {name: tmp_path / name for name in ("data", "profiles", "bank", "results")}
+    shutil.copytree(planted_folder, out["data"])
+    uip.main(fit_args(out["data"], tiny, out["profiles"]))
+    codebook.main(["bank", "--profiles", str(out["profiles"]), "--out", str(out["bank"])])
+    ctr.main(["run", "--data", str(out["data"]), "--bank", str(out["bank"]), "--models", "lr", "--features", "none,userip",
+              "--seeds", "1", "--out", str(out["results"])])
+    for name, folder in out.items():
+        meta = json.loads((folder / "meta.json").read_text())
+        assert set(meta["run"]) >= {"command", "seconds", "started", "peak_mb", "machine", "versions"}, name
+        assert set(meta["run"]["versions"]) >= {"python", "numpy", *(("torch", "transformers") if name != "data" else ())}
+        assert meta["run"]["peak_mb"] > 0 and meta["run"]["machine"]["processor"] and len(meta["code_sha256"]) == 64
+        assert set(meta) >= {"settings", "lm", "data_sha256"} or "config" in meta
+        codebook.main(["verify", str(folder)])
+    assert not any((folder / ".lock").exists() for folder in out.values())
+    codebook.main(["verify", *map(str, out.values())])
+    for path in [path for folder in out.values() for path in folder.iterdir() if path.name not in ("meta.json", "settings.json")]:
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        code, message = code_of(codebook, ["verify", str(path.parent)])
+        assert code == 4 and str(path) in message
+        path.unlink()
+        assert code_of(codebook, ["verify", str(path.parent)])[0] == 4
+        path.write_bytes(good)
+    (out["bank"] / "meta.json").write_text((out["bank"] / "meta.json").read_text().replace("hobby", "hubby"))
+    assert code_of(codebook, ["verify", str(out["bank"])])[0] == 4
+    (out["data"] / "meta.json").write_text('{"sha256": {"../profiles/profiles.npz": "0"}}')
+    assert code_of(codebook, ["verify", str(out["data"])])[0] == 4
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]

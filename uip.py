@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import (Fault, Progress, alone, as_json, assign, digest, kmeans, perplexity, publish, read_json, read_npz,
+from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, perplexity, publish, read_json, read_npz,
                       write_text)
 
 
@@ -280,13 +281,14 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
     """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
 
     rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
-    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass.
+    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass, halved when memory runs out.
     Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
     """
-    theta, best_nll = theta.clone(), torch.empty(len(rows))
-    for users in batches([len(row.ids) for row in rows], budget):
+    start, theta, best_nll, lengths = theta, theta.clone(), torch.empty(len(rows)), [len(row.ids) for row in rows]
+
+    def climb(users: list[int]) -> None:
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
-        x = theta[users].to(lm.device).requires_grad_()
+        x = start[users].to(lm.device).requires_grad_()
         adam, best = torch.optim.Adam([x], lr=lr), torch.full((len(users),), math.inf, device=lm.device)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):
@@ -305,6 +307,18 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
             tick(len(users))
         if not (best.isfinite().all() and x.isfinite().all()):
             raise Fault(4, f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
+
+    todo = batches(lengths, budget)
+    while todo:
+        try:
+            climb(todo[0])
+            todo.pop(0)
+        except torch.OutOfMemoryError:
+            if len(todo[0]) == 1:
+                raise
+            rest, budget = sum(todo, []), max(1, budget // 2)
+            print(f"out of memory: going on with {budget} tokens in one pass", file=sys.stderr)
+            todo = [[rest[i] for i in group] for group in batches([lengths[u] for u in rest], budget)]
     return theta, best_nll
 
 
@@ -369,7 +383,7 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
         work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
                         steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update) for part in parts]
-        theta, value = (torch.cat(x) for x in zip(*shared(files[r], work)))
+        theta, value = (torch.cat(x) for x in zip(*shared(files[r], theta.split(shard), work)))
         if r:
             trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
         if fixed:
@@ -397,12 +411,12 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def shared(files: list[Path | None], work: list) -> list[tuple[Tensor, Tensor]]:
+def shared(files: list[Path | None], like: list[Tensor], work: list) -> list[tuple[Tensor, Tensor]]:
     """Results of all shards: this process's share is computed, the other processes' are read from their files."""
     rank, world = place()
-    own = {n: kept(files[n], work[n]) for n in range(rank, len(files), world)}
+    own = {n: kept(files[n], like[n], work[n]) for n in range(rank, len(files), world)}
     meet()
-    return [own[n] if n in own else kept(files[n], None) for n in range(len(files))]
+    return [own[n] if n in own else kept(files[n], like[n]) for n in range(len(files))]
 
 
 def meet() -> None:
@@ -415,15 +429,34 @@ def meet() -> None:
                            f"goes on from the finished shards ({str(error).splitlines()[0]})") from None
 
 
-def kept(path: Path | None, work) -> tuple[Tensor, Tensor]:
-    """The result of `work`, taken from `path` where an earlier run left it, else left there for the next."""
+def kept(path: Path | None, like: Tensor, work=None) -> tuple[Tensor, Tensor]:
+    """The result of `work`, taken from `path` where an earlier run left it whole, else left there for the next."""
     if path is None:
         return work()
-    if not path.exists():
-        theta, value = work()
-        publish(path, lambda file: torch.save({"theta": theta, "nll": value}, file))
-    saved = torch.load(path, weights_only=True)
-    return saved["theta"], saved["nll"]
+    if path.exists():
+        try:
+            return read_shard(path, like)
+        except Exception as error:                                     # whatever damage makes torch.load raise
+            print(f"{path} is damaged ({error}): computed again", file=sys.stderr)
+    if work is None:
+        raise Fault(4, f"{path}, another process's, is gone or damaged: run the same command again")
+    theta, value = work()
+    content = io.BytesIO()
+    torch.save({"theta": theta, "nll": value}, content)
+    publish(path, lambda file: file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest()))
+    return theta, value
+
+
+def read_shard(path: Path, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(θ in the shape of `like`, nll) of a file: what torch.save wrote, then its sha256. Raises anything if damaged."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError("its checksum is wrong")
+    saved = torch.load(io.BytesIO(content), weights_only=True)
+    theta, value = saved["theta"], saved["nll"]
+    if theta.shape != like.shape or value.shape != like.shape[:1] or not (theta.isfinite().all() and value.isfinite().all()):
+        raise ValueError("it is no shard of this run")
+    return theta.float(), value.float()
 
 
 def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor, ids: Tensor, book: Book,
@@ -526,9 +559,9 @@ def describe(name: str, lm) -> dict:
     source, sha = Path(name) / "source.json", hashlib.sha256()
     known = read_json(source) if source.exists() else {
         "name": Path(name).name if os.path.isdir(name) else name, "revision": getattr(lm.config, "_commit_hash", None)}
-    for file in sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else ():
-        with open(file, "rb") as weights:                              # size, header and first weights tell enough
-            sha.update(str(file.stat().st_size).encode() + weights.read(2**22))
+    files = ("*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model")
+    for file in sorted({file for pattern in files for file in Path(name).glob(pattern)}) if os.path.isdir(name) else ():
+        sha.update(f"{file.name} {digest(file, sample=True)}\n".encode())
     return {**known, "type": lm.config.model_type, "dtype": str(lm.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in lm.parameters()), "fingerprint": sha.hexdigest()[:16]}
 
@@ -536,20 +569,41 @@ def describe(name: str, lm) -> dict:
 def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
     """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
     meta, users, evidence = read_json(folder / "meta.json", "name", "layout", "sha256"), [], []
-    path = folder / "evidence.jsonl"
+    path, number = folder / "evidence.jsonl", 0
     if not path.exists():
         raise Fault(4, f"{path} does not exist: `python data.py …` makes a data folder")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line.decode())
-                users.append(str(entry["user"]))
-                evidence.append({kind: [str(text) for text in texts] for kind, texts in entry["evidence"].items()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r})") from error
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+                if len(line) > LINE:
+                    raise ValueError(f"longer than {LINE} bytes")
+                user, found = read_line(line)
+                users.append(user)
+                evidence.append(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r:.200})") from None
     if not users:
         raise Fault(4, f"{path} holds no users")
+    if len(set(users)) < len(users):
+        first = {user: n for n, user in reversed([*enumerate(users, 1)])}
+        number = next(n for n, user in enumerate(users, 1) if first[user] < n)
+        raise Fault(4, f"{path}, line {number}: user {users[number - 1]!r} is there twice")
     return users, evidence, meta
+
+
+LINE, ID = 2**24, 256        # most bytes of a line of evidence, most characters of a user id: more is no user's
+
+
+def read_line(line: bytes) -> tuple[str, dict[str, list[str]]]:
+    """One user with evidence; ValueError and its like for anything else. All text in it can be written again."""
+    entry = json.loads(line.decode())
+    user, found = str(entry["user"]), {kind: [*texts] for kind, texts in entry["evidence"].items()}
+    if not 0 < len(user) <= ID or "\0" in user or type(entry["user"]) not in (str, int):
+        raise ValueError(f"the user id is no text of 1 to {ID} characters, or no number")
+    if any(type(texts) is not list or any(type(text) is not str for text in texts) for texts in entry["evidence"].values()):
+        raise ValueError("evidence is {kind: [text, …]}")
+    "".join([user, *found, *(text for texts in found.values() for text in texts)]).encode()      # no lone surrogates
+    return user, found
 
 
 def nearest_tokens(lm, tokenizer, mu: Tensor, m: int, n: int = 8) -> list[list[str]]:
@@ -572,9 +626,10 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
               "names": np.array(layout.profiles), "nll": value.numpy(), "tau": fitted.book.tau2.sqrt().numpy()}
     for p in range(P):
         arrays |= {f"mu_{p}": fitted.book.mu[p].numpy(), f"pi_{p}": fitted.book.pi[p].numpy()}
+    (folder / "meta.json").unlink(missing_ok=True)                     # it vouches for the other file, so it goes last
     publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
     write_text(folder / "meta.json", as_json({
-        **meta, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
+        **meta, "sha256": {"profiles.npz": digest(folder / "profiles.npz")}, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
         "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace}))
     for part in folder.glob("shard_*.pt*"):
         part.unlink()
@@ -770,9 +825,10 @@ def run_em(args, held: ExitStack) -> None:
     if not active or not given and max(codes) > len(active):
         raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
     book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
+    evidence_sha = digest(Path(args.data) / "evidence.jsonl")
     if place()[0] == 0:
         held.enter_context(alone(out / ".lock"))
-        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": digest(Path(args.data) / "evidence.jsonl"),
+        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": evidence_sha,
                     "layout": source["layout"], "codebook": digest(given / "profiles.npz") if given else None,
                     "code": code()}, args.restart)
     meet()
@@ -785,10 +841,9 @@ def run_em(args, held: ExitStack) -> None:
     meet()                                       # nobody reads shards any more
     if place()[0] == 0:
         save_profiles(out, users, active, fitted, layout, {
-            "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
-            "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
-            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
-            "seconds": round(time.time() - began, 1)})
+            "command": args.command, "settings": settings, "lm": identity, "data": source["name"], "data_sha256": evidence_sha,
+            "layout": source["layout"], "code_sha256": code(), "run": facts(began, "uip.py"),
+            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)}})
 
 
 def main(argv: list[str] | None = None) -> None:
