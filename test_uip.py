@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizerFast,
-                          Qwen2Config)
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizer,
+                          PreTrainedTokenizerFast, Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import codebook
@@ -335,6 +335,135 @@ def test_collapse_is_reported_loudly():
     lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words())
     uip.fit(lm, layout, [uip.pack(text, layout) for text in same], [2, 2], rounds=0, steps=2, log=lines.append)
     assert sum("collapsed" in line for line in lines) == 2
+
+
+# numbers gone wrong: a defined behaviour each
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_loss_that_is_not_finite_ends_in_a_sentence_and_leaves_no_shard(bad, step, monkeypatch, tmp_path):
+    lm, layout, rows, _, _ = case(m=1)
+    honest, calls = uip.nll, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return honest(*args) * (bad if len(calls) > step else 1.0)
+    monkeypatch.setattr(uip, "nll", spoiled)
+    with pytest.raises(Fault, match="not finite in torch.float32: try --dtype") as fault:
+        uip.fit(lm, layout, rows, [1, 1], rounds=0, folder=tmp_path, log=lambda line: None)
+    assert fault.value.code == 4 and not list(tmp_path.iterdir())
+
+
+def quiet_fit(lm, layout, texts, codes, **options):
+    return uip.fit(lm, layout, [uip.pack(text, layout) for text in texts], codes, log=lambda line: None, **options)
+
+
+@pytest.mark.parametrize("texts, codes", [
+    ([{"title": ["rod"]}], [1, 1]),                                    # one user, one token, K = 1
+    ([{"title": ["rod"]}] * 6, [4, 3]),                                # all the same, more codes than different users
+    ([{"price": ["9"]}, {"title": ["red rod"]}], [1, 2])])
+def test_degenerate_users_get_codes_and_finite_numbers(texts, codes):
+    lm, layout, *_ = case(m=1)
+    found = quiet_fit(lm, layout, texts, codes, rounds=2, steps=2)
+    F = [entry["F"] for entry in found.trace]
+    assert all(map(math.isfinite, F)) and all(after >= before - 1e-4 * abs(before) for before, after in zip(F, F[1:]))
+    assert found.theta.isfinite().all() and all(mu.isfinite().all() for mu in found.book.mu)
+    assert (found.ids >= 0).all() and (found.ids < torch.tensor(codes)).all()
+    if len(texts) == 6:
+        assert len(found.ids.unique(dim=0)) == 1                       # equal users, equal IDs
+        assert torch.equal(found.theta[0], found.theta[5])
+
+
+def test_evidence_beyond_the_context_is_refused_by_its_length_not_its_number():
+    lm, *_ = case(m=1)
+    layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
+    words = " ".join(f"w{i}" for i in range(lm.config.max_position_embeddings))
+    lm.resize_token_embeddings(300)
+    with pytest.raises(Fault, match="the LLM reads 64") as fault:
+        quiet_fit(lm, layout, [{"title": [words]}], [1, 1])
+    assert fault.value.code == 4
+    quiet_fit(lm, layout, [{"title": words.split()}], [1, 1], rounds=0, steps=1)      # many short texts fit
+    cut = uip.Layout.build(SPEC, Words(), m=1)                                        # and 32 tokens is where texts are cut
+    assert len(uip.pack({"title": [words]}, cut).ids) == 2 + 32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(tied):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=tied)).double().eval().requires_grad_(False)
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    uip.check_lm(lm)
+    _, layout, rows, _, theta = case()
+    batch = uip.collate(rows, layout, uip.prefix(lm, layout), dtype=lm.dtype)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
+
+
+class Letters(PreTrainedTokenizer):
+    """A slow tokenizer, in plain Python: a letter is a token. Its BOS is whatever it is given."""
+    def __init__(self, **kwargs):
+        self.vocab = {chr(i): i for i in range(64)}
+        super().__init__(**kwargs)
+
+    vocab_size = property(lambda self: 64)
+    get_vocab = lambda self: self.vocab
+    _tokenize = lambda self, text, **kwargs: list(text)
+    _convert_token_to_id = lambda self, token: self.vocab.get(token, 0)
+    _convert_id_to_token = lambda self, index: chr(index)
+
+
+def test_slow_tokenizers_and_those_without_bos():
+    for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
+        layout = uip.Layout.build(SPEC, tokenizer)
+        assert layout.bos == bos and layout.encode("9 9") == (32, 57, 32, 57)
+        lm, texts = tiny_lm("llama"), [{"title": ["9", "12"]}]       # of the longer name, behind which all evidence stands
+        batch = uip.collate([uip.pack(texts[0], layout)], layout, uip.prefix(lm, layout))
+        theta = torch.zeros(1, 2, 1, 32)
+        assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(uip.naive(lm, layout, texts, theta)), rel=1e-5)
+    with pytest.raises(Fault, match="neither a BOS nor an EOS") as fault:
+        uip.Layout.build(SPEC, Letters())
+    assert fault.value.code == 4
+
+
+def test_out_of_memory_halves_the_budget_and_changes_no_result(monkeypatch, capsys):
+    lm, layout, *_ = case(m=1)
+    _, texts = shop(40)
+    rows = [uip.pack(text, layout) for text in texts]
+    want = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=64)
+    honest, most = uip.nll, [0]
+
+    def short(lm, batch, theta):
+        columns = len(batch.ids) * (batch.ids.shape[1] - 2)              # without the slots of θ
+        if columns > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        most[0] = max(most[0], columns)
+        return honest(lm, batch, theta)
+    monkeypatch.setattr(uip, "nll", short)
+    found = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=700)
+    assert 50 < most[0] <= 100 and "going on with 350 tokens" in capsys.readouterr().err
+    assert torch.equal(found.ids, want.ids) and torch.allclose(found.theta, want.theta, atol=1e-5)
+    monkeypatch.setattr(uip, "nll", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        uip.fit(lm, layout, rows, [4, 3], log=lambda line: None)
+
+
+def test_damaged_shards_are_computed_again(tiny, planted_folder, tmp_path, capsys, monkeypatch):
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
+    shards, honest = {}, uip.publish
+    monkeypatch.setattr(uip, "save_profiles", lambda folder, *args: shards.update(
+        {path.name: path.read_bytes() for path in folder.glob("shard_*")}))
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    monkeypatch.undo()
+    for n, (name, content) in enumerate(sorted(shards.items())):
+        bad = bytearray(content)
+        bad[n * len(bad) // 9] ^= 4
+        path = tmp_path / "out" / name
+        path.write_bytes([bad, content[:len(content) // 2], b"", content[:-32] + hashlib.sha256(b"").digest()][n % 4])
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    assert capsys.readouterr().err.count("computed again") == len(shards) == 8
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_the_naive_way_has_the_same_value_and_gradient():
