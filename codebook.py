@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -379,23 +380,44 @@ def need(path: Path, found, keys) -> None:
         raise Fault(4, f"{path} has no {', '.join(map(repr, missing))}")
 
 
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked, beyond which it is a trap
+
+
 def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that has these keys, else Fault."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        as_json(found).encode()                                        # no lone surrogates: what is read can be written
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
     need(path, found if isinstance(found, dict) else (), keys)
     return found
 
 
+def read_array(file, size: int) -> np.ndarray:
+    """An .npy of `size` bytes. ValueError if its header promises more: numpy would allocate that before it reads."""
+    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = head[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or math.prod(shape) * max(1, dtype.itemsize) > size:
+        raise ValueError(f"{shape} of {dtype} in {size} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
 def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz that has these keys, else Fault."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            need(path, file.files, keys)
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            need(path, members, keys)
+            if sum(info.file_size for info in members.values()) > max(MOST_UNPACKED, 2 * path.stat().st_size):
+                raise ValueError(f"it would unpack to more than {MOST_UNPACKED} bytes")
+            return {name: read_array(file.open(info), info.file_size) for name, info in members.items()}
+    except Fault:
+        raise
+    except Exception as error:                                         # whatever damage makes zipfile and numpy raise
         raise unreadable(path, error) from None
 
 
@@ -560,7 +582,9 @@ class Bank:
             if not (keys.dtype == np.uint64 and codes.dtype in (np.uint8, np.uint16) and keys.ndim == 1 and len(keys)
                     and codes.shape == (len(keys), len(meta["names"])) and all(type(n) is str for n in meta["names"])):
                 raise Fault(4, f"{folder}: keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except Fault:
+            raise
+        except Exception as error:                                     # whatever damage makes numpy raise
             raise Fault(4, f"{folder} is damaged, {error}: build the bank again") from None
         return cls(folder, meta, keys, codes)
 
@@ -615,11 +639,12 @@ def read_profiles(folder) -> Profiles:
     """Users, IDs and codebooks of a PROFILES folder, checked against each other."""
     path = Path(folder) / "profiles.npz"
     found = read_npz(path, "users", "ids", "names")
-    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"]]
+    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"].flatten()]
     need(path, found, [f"mu_{p}" for p in range(len(names))])
     mu = [found[f"mu_{p}"] for p in range(len(names))]
-    if not len(users) or ids.shape != (len(users), len(names)):
-        raise Fault(4, f"{path}: ids {list(ids.shape)} for {len(users)} users and {len(names)} profiles")
+    if not (users.ndim == 1 and users.dtype.kind == "U" and ids.dtype.kind in "iu" and len(users)
+            and ids.shape == (len(users), len(names)) and all(m.ndim == 2 and m.dtype.kind == "f" for m in mu)):
+        raise Fault(4, f"{path}: ids {list(ids.shape)} for {users.size} users and {len(names)} profiles, or of a wrong type")
     if (ids < 0).any() or (ids >= [len(m) for m in mu]).any():
         raise Fault(4, f"{path}: an id lies outside its codebook of {[len(m) for m in mu]} codes")
     return Profiles(users, ids, names, mu, read_json(Path(folder) / "meta.json"))

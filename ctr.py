@@ -279,16 +279,32 @@ class Bank(NamedTuple):
     lm: object                   # the LLM behind the IDs, as the bank names it
 
 
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked, beyond which it is a trap
+
+
 def read_json(path: Path) -> dict:
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
+        dump(value).encode()                                             # no lone surrogates: can be written again
     except FileNotFoundError:
         raise Fault(2, f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Fault(4, f"{path} is damaged or no JSON: {error}") from None
     if not isinstance(value, dict):
         raise Fault(4, f"{path} holds no JSON object")
     return value
+
+
+def read_array(file, size: int) -> np.ndarray:
+    """An .npy of `size` bytes. ValueError if its header promises more: numpy would allocate that before it reads."""
+    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = head[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or math.prod(shape) * max(1, dtype.itemsize) > size:
+        raise ValueError(f"{shape} of {dtype} in {size} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def checked(folder: Path, meta: dict, name: str) -> io.BytesIO:
@@ -296,8 +312,8 @@ def checked(folder: Path, meta: dict, name: str) -> io.BytesIO:
     path = folder / name
     if not path.is_file():
         raise Fault(4, f"{path} is missing: make the folder anew")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != (meta.get("sha256") or {}).get(name):
+    content, known = path.read_bytes(), meta.get("sha256")
+    if not isinstance(known, dict) or hashlib.sha256(content).hexdigest() != known.get(name):
         raise Fault(4, f"{path} is not the file meta.json describes (cut, or of another run): make it anew")
     return io.BytesIO(content)
 
@@ -308,17 +324,41 @@ def read_data(folder) -> Data:
     meta = read_json(folder / "meta.json")
     path = folder / "interactions.npz"
     try:
-        with np.load(checked(folder, meta, path.name), allow_pickle=False) as arrays:
-            data = Data(meta["name"], meta["fields"], meta["sizes"], sha256=meta["sha256"][path.name],
-                        **{key: arrays[key] for key in Data._fields[3:-1]})
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(checked(folder, meta, path.name)) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            if sum(info.file_size for info in members.values()) > max(MOST_UNPACKED, 2 * path.stat().st_size):
+                raise ValueError(f"an array that unpacks to more than {MOST_UNPACKED} bytes")
+            data = Data(meta["name"], meta["fields"], meta["sizes"], sha256=meta["sha256"][path.name], **{
+                key: read_array(file.open(members[key]), members[key].file_size) for key in Data._fields[3:-1]})
+        check(data)
+    except Fault:
+        raise
+    except Exception as error:                                           # whatever damage makes zipfile and numpy raise
         raise Fault(4, f"{folder}: {error} is missing or unreadable in its files") from None
-    if data.x.shape != (len(data.y), len(data.sizes)) or (data.x < 0).any() or (data.x >= data.sizes).any():
-        raise Fault(4, f"{path}: x {data.x.shape} does not fit {dict(zip(data.fields, data.sizes))}")
     for split, which in enumerate(("training", "validation", "test")):
         if len(set(data.y[data.split == split].tolist())) < (1 if split == 2 else 2):
             raise Fault(4, f"{path}: the {which} rows are none, or all of one label")
     return data
+
+
+def check(data: Data) -> None:
+    """Fault 4 unless all of it fits together; field sizes, which memory follows, are bounded by the rows."""
+    rows, shapes = len(data.y), {"user": 1, "x": 2, "y": 1, "rating": 1, "price": 1, "split": 1}
+    kinds = {"user": "iu", "x": "iu", "y": "iu", "split": "iu", "rating": "f", "price": "f"}
+    for key, ndim in shapes.items():
+        array = getattr(data, key)
+        if array.ndim != ndim or len(array) != rows or array.dtype.kind not in kinds[key]:
+            raise Fault(4, f"interactions.npz: {key} is {array.dtype} {array.shape}, for {rows} rows")
+    names = [data.name, *data.fields]
+    if any(type(name) is not str for name in names) or any(type(size) is not int or size < 1 for size in data.sizes) \
+            or not 0 < len(data.fields) == len(data.sizes) == len(set(data.fields)) or sum(data.sizes) > 100 * rows + 10**6:
+        raise Fault(4, f"meta.json: fields {data.fields} with sizes {data.sizes} are none of {rows} rows")
+    if data.x.shape[1] != len(data.sizes) or (data.x < 0).any() or (data.x >= data.sizes).any():
+        raise Fault(4, f"interactions.npz: x {data.x.shape} does not fit {dict(zip(data.fields, data.sizes))}")
+    if data.users.ndim != 1 or data.users.dtype.kind != "U" or (data.user < 0).any() or (data.user >= len(data.users)).any():
+        raise Fault(4, f"interactions.npz: a row's user is none of the {data.users.size} users")
+    if not (np.isin(data.y, (0, 1)).all() and (data.split >= 0).all() and (data.split <= 4).all() and np.isfinite(data.rating).all()):
+        raise Fault(4, "interactions.npz: a label, part or rating is out of range")
 
 
 def hash_users(users) -> np.ndarray:
@@ -356,12 +396,17 @@ def look(folder: Path, users: np.ndarray) -> Bank:
     if meta.get("version") != BANK_VERSION:
         raise Fault(4, f"{folder} is a bank of version {meta.get('version')}, not {BANK_VERSION}: redo it")
     try:
-        keys, codes = (np.load(checked(folder, meta, name), allow_pickle=False) for name in ("keys.npy", "codes.npy"))
-        sizes = [int(size) for size in meta["sizes"]]
-    except (KeyError, TypeError, ValueError) as error:
+        keys, codes = (read_array(file, len(file.getbuffer())) for file in
+                       (checked(folder, meta, name) for name in ("keys.npy", "codes.npy")))
+        sizes = meta["sizes"]
+        if not (keys.dtype == np.uint64 and keys.ndim == 1 and len(keys) and codes.dtype.kind == "u" and sizes
+                and all(type(size) is int and 0 < size < 2**16 for size in sizes)
+                and codes.shape == (len(keys), len(sizes)) and (codes <= sizes).all()):
+            raise ValueError(f"keys {keys.shape} and codes {codes.shape} do not fit the sizes {sizes}")
+    except Fault:
+        raise
+    except Exception as error:                                           # whatever damage makes numpy raise
         raise Fault(4, f"{folder}: damaged bank: {error}") from None
-    if keys.ndim != 1 or codes.shape != (len(keys), len(sizes)) or not len(keys) or (codes > sizes).any():
-        raise Fault(4, f"{folder}: keys {keys.shape} and codes {codes.shape} do not fit the sizes {sizes}")
     wanted = hash_users(users)
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     found = keys[at] == wanted
@@ -731,6 +776,8 @@ def read_runs(folder: Path) -> list[dict]:
         missing = set(keys.split()) - set(one)
         if missing:
             raise Fault(4, f"{path} is a damaged result, without {', '.join(sorted(missing))}")
+        if not sound(one):
+            raise Fault(4, f"{path} is no result: a value is of a wrong type, or not finite")
         same = first.setdefault((one["dataset"], one["model"]), (path, one["config"], one["data_sha256"]))
         if same[1:] != (one["config"], one["data_sha256"]):
             raise Fault(4, f"{path} and {same[0].name} differ in settings or data: remove the older ones")
@@ -738,6 +785,17 @@ def read_runs(folder: Path) -> list[dict]:
     if not runs:
         raise Fault(4, f"{folder} holds no result of ctr.py run")
     return runs
+
+
+def sound(one: dict) -> bool:
+    """Whether the values of a result that tables are made of have their types."""
+    lm = one.get("lm")
+    return (all(type(one[key]) is str for key in ("dataset", "model", "features", "data_sha256")) and type(one["seed"]) is int
+            and all(one[key] is None or type(one[key]) in (int, float) and abs(one[key]) < 1e300
+                    for key in ("auc", "gauc", "logloss"))
+            and isinstance(one["config"], dict) and isinstance(one["rows"], dict)
+            and all(type(count) is int for count in one["rows"].values())
+            and (lm is None or type(lm) is str or isinstance(lm, dict) and type(lm.get("name")) is str))
 
 
 def cells(runs: list[dict], key: str) -> dict:

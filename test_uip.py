@@ -1,21 +1,25 @@
 """Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with --slow the slow ones too."""
 import ast
+import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
-from functools import partial
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -2037,6 +2041,217 @@ def test_every_folder_says_what_made_it_and_verify_finds_what_changed(tiny, plan
     assert code_of(codebook, ["verify", str(out["bank"])])[0] == 4
     (out["data"] / "meta.json").write_text('{"sha256": {"../profiles/profiles.npz": "0"}}')
     assert code_of(codebook, ["verify", str(out["data"])])[0] == 4
+
+
+# ------------------------------------------------------------------------------------------------ hostile files
+
+NASTY = [None, True, -1, 0, 10**12, -10**30, 1e308, math.nan, math.inf, "", "x", "\0", "\ud800", "nan", "x" * 5000, [], {}, [[]],
+         {"": {}}, [None], ["a"] * 50, json.loads("[" * 300 + "]" * 300), 3.5, "../../etc/passwd"]
+
+
+def spoil_bytes(draw, content):
+    """Cut, flipped, doubled, overwritten, or stuffed with what is no UTF-8."""
+    bad, at = bytearray(content), draw.randrange(len(content))
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        kind, at = draw.randrange(6), min(at, len(bad))
+        if kind == 0:
+            del bad[at:]
+        elif kind == 1 and at < len(bad):
+            bad[at] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            bad[at:at] = bad[at:at + draw.randrange(1, 99)]
+        elif kind == 3:
+            bad[at:at + draw.randrange(1, 9)] = draw.randbytes(draw.randrange(1, 9))
+        elif kind == 4:
+            bad[at:at] = draw.choice([b"\xff\xfe", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\n" * 9, b"\0"])
+        else:
+            del bad[at:at + draw.randrange(1, 99)]
+        at = draw.randrange(len(bad) + 1)
+    return bytes(bad)
+
+
+def spoil_value(draw, value):
+    """A JSON value with one place in it, at any depth, exchanged or gone."""
+    if not isinstance(value, (dict, list)) or not value or draw.random() < 0.1:
+        return draw.choice(NASTY)
+    copy = value.copy()
+    key = draw.choice([*copy] if isinstance(copy, dict) else range(len(copy)))
+    if draw.random() < 0.2:
+        del copy[key]
+    else:
+        copy[key] = spoil_value(draw, copy[key])
+    return copy
+
+
+def spoil_array(draw, array):
+    """Another type, shape, length or value."""
+    nasty = [math.nan, math.inf, -1, 2**31, -1e300, 0]
+    with np.errstate(all="ignore"):
+        return [lambda: array.astype(draw.choice(["f2", "f8", "i1", "i8", "u2", "U5", "S3", "?", "c16", ">f4", "M8[s]"])),
+                lambda: array[None], lambda: array.flatten(), lambda: array[:0], lambda: array[:-1], lambda: np.array(3),
+                lambda: np.concatenate([array, array]), lambda: array[::-1], lambda: np.array([{}], object),
+                lambda: np.where(np.arange(array.size).reshape(array.shape) == draw.randrange(max(1, array.size)),
+                                 draw.choice(nasty), array) if array.dtype.kind in "iuf" else array.astype("U1"),
+                lambda: np.zeros(0, [("a", "i4")]), lambda: np.zeros((3, 0))][draw.randrange(12)]()
+
+
+@lru_cache
+def bomb(name):
+    """300 MB of zeros in 300 KB of .npz."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        with packed.open(name + ".npy", "w") as member:
+            for _ in range(300):
+                member.write(bytes(2**20))
+    return file.getvalue()
+
+
+def spoil_npz(draw, arrays):
+    """The bytes of an .npz with an array exchanged, missing or lying about its size; a zip bomb now and then.
+
+    arrays: ({name: array}, the bytes of their .npz).
+    """
+    arrays, content, name, kind, file = arrays[0].copy(), arrays[1], draw.choice([*arrays[0]]), draw.random(), io.BytesIO()
+    if kind < 0.6:
+        with contextlib.suppress(ValueError, TypeError):
+            arrays[name] = spoil_array(draw, arrays[name])
+        if kind > 0.5:
+            del arrays[name]
+        np.savez(file, **arrays)
+        content = file.getvalue()
+    elif kind > 0.995:
+        content = bomb(name)
+    elif kind > 0.9:                                                    # a header that promises more than there is
+        content = content.replace(b"'shape': (", b"'shape': (" + draw.choice([b"99999999999,", b"-7,", b"(", b"1e9,"]), 1)
+        content = content.replace(b"'<f4'", draw.choice([b"'<U0'", b"'|O' ", b"'<f9'"]), 1)
+    else:
+        content = spoil_bytes(draw, content)
+    return content
+
+
+def test_fuzz_every_loader_ends_in_a_value_or_a_fault(tiny, planted_folder, tmp_path, monkeypatch):
+    """Seeded; at least 2,000 cases each, of bytes and of well-formed files with wrong contents, checksums made to fit."""
+    made, cases = {name: tmp_path / name for name in ("data", "evidence", "json", "npz", "profiles", "bank", "runs")}, 2000
+    for folder in made.values():
+        folder.mkdir()
+    shop = ctr_data(tmp_path / "shop", users=6, rows=20)
+    opened = lambda path: (dict(np.load(path)), path.read_bytes())
+    rows, meta = opened(shop / "interactions.npz"), json.loads((shop / "meta.json").read_text())
+    bank, *_ = make_bank(tmp_path / "good", 50)
+    kept = {name: (bank.folder / name).read_bytes() for name in (*Bank.FILES, "meta.json")}
+    bank_meta, bank_arrays = json.loads(kept["meta.json"]), {"keys": bank.keys, "codes": bank.codes}
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit"))
+    slim = {key: value for key, value in np.load(tmp_path / "fit/profiles.npz").items() if key not in ("theta", "nll", "empty")}
+    np.savez(tmp_path / "slim.npz", **slim)
+    found, like = opened(tmp_path / "slim.npz"), torch.zeros(4, 2, 1, 16)
+    lines = (planted_folder / "evidence.jsonl").read_bytes()[:3000]
+    shutil.copy(planted_folder / "meta.json", made["evidence"])
+    shutil.copy(tmp_path / "fit" / "meta.json", made["profiles"])
+    layout = uip.Layout.build(SPEC, Words(), m=1)
+    uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
+    shard = (tmp_path / "shard.pt").read_bytes()[:-32]
+    result = {"dataset": "d", "model": "lr", "features": "none", "seed": 0, "auc": 0.5, "gauc": None, "logloss": 0.7,
+              "config": {"lr": 0.1}, "data_sha256": "0", "rows": {"train": 5}, "lm": {"name": "x"}}
+    text = lambda value: json.dumps(value).encode()
+    seal = lambda content: hashlib.sha256(content).hexdigest()
+
+    def evidence(draw):
+        content = spoil_bytes(draw, lines)
+        if draw.random() < 0.5:
+            content = lines.splitlines(True)[0] + text(spoil_value(draw, json.loads(lines.splitlines()[1]))) + b"\n"
+        (made["evidence"] / "evidence.jsonl").write_bytes(content)
+        for one in uip.read_evidence(made["evidence"])[1]:
+            json.dumps(one, ensure_ascii=False).encode()
+
+    def plain_json(draw):
+        content = spoil_bytes(draw, text(meta)) if draw.random() < 0.5 else text(spoil_value(draw, meta))
+        (made["json"] / "a.json").write_bytes(content)
+        codebook.write_text(made["json"] / "b.json", codebook.as_json(codebook.read_json(made["json"] / "a.json", "name")))
+
+    def npz(draw):
+        (made["npz"] / "a.npz").write_bytes(spoil_npz(draw, rows))
+        assert all(array.nbytes < 2**29 for array in codebook.read_npz(made["npz"] / "a.npz", "users").values())
+
+    def profiles(draw, book=False):
+        (made["profiles"] / "profiles.npz").write_bytes(spoil_npz(draw, found))
+        if book:
+            uip.load_book(made["profiles"], layout, 16)
+        else:
+            read = codebook.read_profiles(made["profiles"])
+            codebook.match(read.users, read.users)
+
+    def whole_bank(draw, reader=lambda: Bank.open(made["bank"]).lookup(["user1", "nobody"])):
+        files, about = dict(kept), dict(bank_meta)
+        if draw.random() < 0.3:
+            name = draw.choice([*files])
+            files[name] = spoil_bytes(draw, files[name])
+        else:
+            if draw.random() < 0.5:
+                about = spoil_value(draw, about)
+            else:
+                name = draw.choice([*bank_arrays])
+                with contextlib.suppress(ValueError, TypeError):
+                    file = io.BytesIO()
+                    np.save(file, spoil_array(draw, bank_arrays[name]))
+                    files[name + ".npy"] = file.getvalue()
+            if isinstance(about, dict):
+                for key in ("sha256", "sample"):
+                    if isinstance(about.get(key), dict) and draw.random() < 0.9:
+                        about[key] = {name: seal((str(len(content)).encode() if key == "sample" else b"") + content)
+                                      for name, content in files.items() if name in Bank.FILES}
+                about["seal"] = codebook.seal(about)
+            files["meta.json"] = text(about)
+        for name, content in files.items():
+            (made["bank"] / name).write_bytes(content)
+        reader()
+
+    def damaged_shard(draw):
+        content = spoil_bytes(draw, shard)
+        (tmp_path / "shard.pt").write_bytes(content + (hashlib.sha256(content).digest() if draw.random() < 0.8 else b"x" * 32))
+        theta, value = uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
+        assert theta.shape == like.shape and theta.isfinite().all() and value.shape == (4,)
+
+    def click_rows(draw):
+        content, about = spoil_npz(draw, rows), meta
+        if draw.random() < 0.4:
+            content, about = rows[1], spoil_value(draw, meta)
+        if isinstance(about, dict) and isinstance(about.get("sha256"), dict) and draw.random() < 0.9:
+            about = {**about, "sha256": {"interactions.npz": seal(content)}}
+        (made["data"] / "interactions.npz").write_bytes(content)
+        (made["data"] / "meta.json").write_bytes(text(about) if draw.random() < 0.9 else spoil_bytes(draw, text(about)))
+        read = ctr.read_data(made["data"])
+        with np.errstate(all="ignore"):
+            ctr.statistics(read)
+
+    def results(draw):
+        content = spoil_bytes(draw, text(result)) if draw.random() < 0.3 else text(spoil_value(draw, result))
+        (made["runs"] / "lr_none_0.json").write_bytes(content)
+        ctr.render(ctr.read_runs(made["runs"])).encode()
+
+    loaders = {"uip: evidence.jsonl": evidence, "uip: shard of θ": damaged_shard, "uip: codebook of profiles.npz": partial(
+        profiles, book=True), "codebook: profiles.npz": profiles, "codebook: any JSON": plain_json, "codebook: any .npz": npz,
+        "codebook: bank": whole_bank, "ctr: bank": partial(whole_bank, reader=lambda: ctr.look(made["bank"], np.array(["user1"]))),
+        "ctr: interactions.npz": click_rows, "ctr: results": results}
+    monkeypatch.setattr(os, "fsync", lambda handle: None)             # what is written here need not last
+    counts, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, loader in loaders.items():
+            count, draw, other = {"cases": cases, "values": 0, "faults": 0, "other": 0}, random.Random(name), []
+            for case in range(cases):
+                try:
+                    loader(draw)
+                    count["values"] += 1
+                except (codebook.Fault, ctr.Fault):
+                    count["faults"] += 1
+                except Exception as error:
+                    other.append(f"{name}, case {case}: {error!r}")
+            count["other"], counts[name] = len(other), count
+            assert not other, other[:9]
+            assert count["faults"] > cases / 10 < count["values"] or loader is damaged_shard
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) < 2**30
+    if os.environ.get("UIP_FAULTS"):
+        codebook.write_text(Path(os.environ["UIP_FAULTS"]) / "fuzz_core.json", codebook.as_json(counts))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]

@@ -43,7 +43,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, perplexity, publish, read_json, read_npz,
+from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, need, perplexity, publish, read_json, read_npz,
                       write_text)
 
 
@@ -639,8 +639,14 @@ def load_book(folder: Path, layout: Layout, width: int) -> Book:
     """The codebook of a profiles folder, refused when it does not fit the profiles or the LLM's width."""
     path = folder / "profiles.npz"
     saved = read_npz(path, "names", "tau", "mu_0", "pi_0")
-    names = tuple(saved["names"].tolist())
-    mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
+    names = tuple(saved["names"].flatten().tolist())
+    need(path, saved, [f"{key}_{p}" for key in ("mu", "pi") for p in range(len(names))])
+    mu, pi = ([saved[f"{key}_{p}"] for p in range(len(names))] for key in ("mu", "pi"))
+    if not (names and all(m.ndim == 2 and len(m) and m.dtype == np.float32 and np.isfinite(m).all() for m in mu)
+            and all(x.dtype == np.float32 and x.shape == (len(m),) and np.isfinite(x).all() for x, m in zip(pi, mu))
+            and saved["tau"].dtype == np.float32 and saved["tau"].shape == (len(names),) and (saved["tau"] > 0).all()):
+        raise Fault(4, f"{path}: no codebook of {len(names)} profiles (wrong shapes or types, or not finite)")
+    mu, pi = ([torch.from_numpy(x) for x in arrays] for arrays in (mu, pi))
     book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
     if names != layout.profiles or any(m.shape[1] != width for m in mu):
         raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; these data and this LLM "
@@ -796,6 +802,21 @@ def claim(folder: Path, settings: dict, restart: bool) -> None:
     write_text(path, as_json(settings))
 
 
+def read_settings(path: Path, made: dict) -> dict:
+    """The settings that a codebook was made with, from its meta.json."""
+    found, counts = made["settings"], {"rounds": 0, "steps": 1, "tokens": 1}
+    try:
+        numbers = [*(found[key] for key in counts), *found["codes"], found["seed"]]
+        good = all(type(n) is int and abs(n) < 10**6 for n in numbers) and all(found[key] >= n for key, n in counts.items())
+        good = good and all(type(found[key]) in (int, float) and 0 <= found[key] < math.inf for key in ("lr", "prior"))
+        good = good and type(made["lm"]["name"]) is str and min(found["codes"]) > 0
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise Fault(4, f"{path}: its settings are none of `uip.py fit`")
+    return found
+
+
 def code() -> str:
     """sha256 of the code that shards are made by."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, kmeans.__code__.co_filename))).hexdigest()
@@ -808,7 +829,7 @@ def run_em(args, held: ExitStack) -> None:
     given = Path(args.profiles) if args.command == "infer" else None
     keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed")
     made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
-    settings = made["settings"] if given else {key: getattr(args, key) for key in keys}
+    settings = read_settings(given / "meta.json", made) if given else {key: getattr(args, key) for key in keys}
     if given and given.resolve() == out.resolve():
         raise Fault(2, "infer: --out must not be --profiles, whose codebook stays as it is")
     lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
