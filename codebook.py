@@ -936,7 +936,10 @@ def main(argv: list[str] | None = None) -> None:
             ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),
             ("--out", {"metavar": "FILE", "help": "JSON file for the figures, beside printing them"}))
     args = parser.parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except OSError as error:                                           # a full disk, a folder that may not be written
+        raise Fault(3, f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -1149,7 +1149,10 @@ def main(argv=None) -> None:
     for command in (one, three):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)
-    args.do(args)
+    try:
+        args.do(args)
+    except OSError as error:                                             # a full disk, a folder that may not be written
+        raise Fault(3, f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from functools import lru_cache, partial
@@ -1917,20 +1918,184 @@ def test_other_settings_over_half_a_run_are_refused(tiny, planted_folder, tmp_pa
     assert (out / "profiles.npz").exists()
 
 
+# A process that has imported everything forks one child a trial: a kill hits the work, not the start of Python.
+
+CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir")
+
+
+def arm(at, strike, names=CHANGES):
+    """strike() before the at-th change to the disk; → the list whose length is the number of changes so far."""
+    count = []
+
+    def watched(honest, *args, **kwargs):
+        count.append(1)
+        if len(count) == at:
+            strike()
+        return honest(*args, **kwargs)
+    for name in names:
+        setattr(os, name, partial(watched, getattr(os, name)))
+    return count
+
+
+def full():
+    raise OSError(28, "No space left on device")
+
+
+def child(call, said, prepare=lambda: None):
+    """Forks; call() runs as a command does, and what it says goes to the file `said`. → pid."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99                                                        # a traceback
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        null, log = os.open(os.devnull, os.O_WRONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(null, 1), os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+        count = prepare()
+        call()
+        code = 0
+        if count is not None:
+            Path(said).write_text(str(len(count)))
+    except (uip.Fault, data.Fault, ctr.Fault) as fault:
+        print(fault, file=sys.stderr)
+        code = fault.code
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def strike_at_random(call, out, whole, fault, draw, seconds, changes, begin, still=lambda: None):
+    """Trials of one command and one fault, until ten did strike → counts. `still` must hold right after the fault."""
+    found, said = {"trials": 0, "resumed": 0, "lost": 0, "why": []}, out.with_name("said")
+    sizes = [len(content) for content in whole.values()]
+    while found["trials"] < 10:
+        shutil.rmtree(out, ignore_errors=True)
+        begin()
+        at, limit = draw.randrange(1, changes + 1), draw.randrange(1, max(sizes))
+        if fault == "disk full":
+            pid = child(call, said, (lambda: arm(at, full, ("fsync", "mkdir")) and None) if draw.random() < 0.5 else
+                        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+        elif draw.random() < 0.5:
+            pid = child(call, said, lambda: arm(at, lambda: os.kill(os.getpid(), getattr(signal, fault))) and None)
+        else:
+            pid = child(call, said)
+            time.sleep(draw.uniform(0, seconds))
+            os.kill(pid, getattr(signal, fault))
+        code, words = ended(pid), said.read_text()
+        if code == 0:                                                # it was too late to strike
+            continue
+        found["trials"] += 1
+        try:
+            assert code in {"SIGKILL": (-9,), "SIGTERM": (-15,), "SIGINT": (130, -2), "disk full": (2, 3)}[fault], (code, words)
+            still()
+            assert ended(child(call, said)) == 0, said.read_text()
+            got = outcome(out)
+            assert got == whole, [name for name in {*got, *whole} if got.get(name) != whole.get(name)]
+            found["resumed"] += 1
+        except (AssertionError, *(module.Fault for module in (uip, data, ctr))) as why:
+            found["lost"] += 1
+            found["why"].append(f"{fault} before change {at} of {changes}, or at limit {limit}: {why}")
+    return found
+
+
+def serve(port_file):
+    """A server in a process of its own that dribbles BODY, Range honoured. → (pid, url)"""
+    class Handler(BaseHTTPRequestHandler):
+        log_message = lambda *_: None
+
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.send_response(416 if start >= len(BODY) else 206 if start else 200)
+            if start >= len(BODY):
+                self.send_header("Content-Range", f"bytes */{len(BODY)}")
+                return self.end_headers()
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+            self.send_header("Content-Length", str(len(BODY) - start))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for at in range(start, len(BODY), 4096):
+                    self.wfile.write(BODY[at:at + 4096])
+                    time.sleep(0.005)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pid = os.fork()
+    if not pid:
+        httpd.serve_forever()
+    return pid, f"http://127.0.0.1:{httpd.server_port}"
+
+
+def drive(folder, lm_folder, data_folder):
+    """All trials → folder/faults.json. A process of its own, with one thread."""
+    folder, inputs, out = Path(folder), Path(folder) / "in", Path(folder) / "work" / "out"
+    out.parent.mkdir()
+    loaded = uip.load_lm(lm_folder, "float32", "cpu")
+    uip.load_lm = lambda *args: loaded
+    quick = ["--seeds", "2", "--epochs", "4", "--device", "cpu"]
+    fit = lambda where, *more: uip.main(fit_args(data_folder, lm_folder, where, "--shard", "4", *more))
+    shop, profiles, bank = (inputs / name for name in ("shop", "profiles", "bank"))
+    pid, url = serve(folder)
+    os.environ["UIP_MIRROR"] = url
+
+    def old_bank():
+        make_bank(out, 2000)
+
+    def some_bank():
+        assert len(Bank.open(out).keys) in (30, 2000)
+
+    for step in (lambda: fit(profiles), lambda: ctr_data(shop, users=20),
+                 lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(bank)])):
+        assert ended(child(step, folder / "said")) == 0, (folder / "said").read_text()
+    commands = {
+        "data.py, a download": (lambda: data.download("https://host.invalid/f.bin", out / "f.bin", SHA), {}),
+        "data.py planted": (lambda: data.main(["planted", "--out", str(out), "--users", "60"]), {}),
+        "uip.py fit": (lambda: fit(out), {}),
+        "uip.py infer": (lambda: uip.main(["infer", "--profiles", str(profiles), *fit_args(data_folder, lm_folder, out)[1:-2]]), {}),
+        "codebook.py bank": (lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(out)]),
+                             {"begin": old_bank, "still": some_bank}),
+        "ctr.py run": (lambda: ctr.main(["run", "--data", str(shop), "--models", "lr,deepfm", "--features", "none,random,stats",
+                                         "--out", str(out), *quick]), {})}
+    results = {}
+    for name, (call, how) in commands.items():
+        began = time.time()
+        how = {"begin": lambda: None, **how}
+        how["begin"]()
+        assert ended(child(call, folder / "said", lambda: arm(0, full))) == 0, (folder / "said").read_text()
+        seconds, changes, whole = time.time() - began, int((folder / "said").read_text()), outcome(out)
+        for fault in ("SIGKILL", "SIGTERM", "SIGINT", "disk full"):
+            results.setdefault(fault, {})[name] = strike_at_random(
+                call, out, whole, fault, random.Random(f"{name} {fault}"), seconds, changes, **how)
+        print(name, round(time.time() - began, 1), flush=True)
+        shutil.rmtree(out)
+    os.kill(pid, signal.SIGKILL)
+    codebook.write_text(folder / "faults.json", codebook.as_json(results))
+
+
 @pytest.mark.slow
-def test_killed_fit_resumes_to_the_same_bytes(tiny, planted_folder, tmp_path):
-    """SIGKILL once a given number of shards is on the disk, some in round 0, some in round 1; then to the end."""
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
-    for shards in (1, 3, 5, 7):
-        out = tmp_path / f"killed{shards}"
-        command = [sys.executable, "uip.py", *fit_args(planted_folder, tiny, out)]
-        run = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and len(list(out.glob("shard_*.pt"))) < shards:
-            time.sleep(0.001)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        uip.main(command[2:])
-        assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+def test_faults_at_random_moments_lose_nothing(tiny, planted_folder, tmp_path):
+    """Each command, struck ten times by each fault, some between two changes to the disk, some by the clock."""
+    run = subprocess.run([sys.executable, "-c", f"import test_uip; test_uip.drive({str(tmp_path)!r}, {str(tiny)!r}, "
+                          f"{str(planted_folder)!r})"], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                         stdout=subprocess.PIPE, text=True)
+    print(run.stdout)
+    assert run.returncode == 0
+    results = json.loads((tmp_path / "faults.json").read_text())
+    for fault, commands in results.items():
+        for command, found in commands.items():
+            assert found["trials"] >= 10 and found["lost"] == 0, (fault, command, found)
+    if os.environ.get("UIP_FAULTS"):
+        shutil.copy(tmp_path / "faults.json", os.environ["UIP_FAULTS"])
 
 
 @pytest.mark.parametrize("module", [uip, codebook, data, ctr])

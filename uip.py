@@ -908,7 +908,8 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         raise Fault(2, "out of memory even with one user at a time (finished shards are kept)") from None
     except OSError as error:
-        raise Fault(2, f"cannot write {error.filename or args.out}: {error.strerror or error}. Finished shards are kept") from None
+        raise Fault(3, f"cannot read or write {error.filename or args.out}: {error.strerror or error} (finished shards are "
+                       "kept)") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
