@@ -6,6 +6,7 @@
     python ctr.py include README.md                                     put such files into a README
     python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
     python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
+    python ctr.py faults DIR --out FILE.md                              tables of the fault tests' JSON
 
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
 
@@ -1092,6 +1093,25 @@ def benches(args) -> None:
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 
+def faults(args) -> None:
+    """faults.json (trials of fault × command) and fuzz_*.json (cases of each loader) of a folder, as two tables."""
+    folder = Path(args.folder)
+    struck = read_json(folder / "faults.json")
+    fuzzed = [item for path in sorted(folder.glob("fuzz_*.json")) for item in read_json(path).items()]
+    try:
+        commands, keys = {name: None for by in struck.values() for name in by}, ("trials", "resumed", "lost")
+        cell = lambda by: " / ".join(f"{sum(one[key] for one in by)}" for key in keys)
+        rows = [[name, *(cell([by[name]]) if name in by else "" for by in struck.values())] for name in commands]
+        rows.append(["all", *(cell(by.values()) for by in struck.values())])
+        text = "Trials / resumed bit for bit / lost:\n\n" + markdown(["command", *struck], rows) + "\n"
+        counts = [[name, *(f"{one[key]:,}" for key in ("cases", "values", "faults", "other"))] for name, one in fuzzed]
+        if counts:
+            text += "\n" + markdown(["loader", "cases", "a value", "our own error", "anything else"], counts) + "\n"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Fault(4, f"{folder}: no figures of the fault tests ({error!r})") from None
+    publish(Path(args.out), text) if args.out else print(text, end="")
+
+
 # ------------------------------------------------------------------------------------------------------ CLI
 
 def positive(kind, zero: bool = False):
@@ -1146,6 +1166,10 @@ def main(argv=None) -> None:
     six.set_defaults(do=benches)
     six.add_argument("folder", metavar="DIR", help="folder of em.json, codebook.json, ctr.json, …")
     six.add_argument("--out", help="file for the table (default: print it)")
+    seven = commands.add_parser("faults", help="tables of the fault tests' figures", allow_abbrev=False)
+    seven.set_defaults(do=faults)
+    seven.add_argument("folder", metavar="DIR", help="folder of faults.json and fuzz_*.json")
+    seven.add_argument("--out", help="file for the tables (default: print them)")
     for command in (one, three):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)

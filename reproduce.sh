@@ -68,7 +68,7 @@ stage() {
   if [ -e "$out" ] && [ -f "$me.stamp" ] && [ "$(cat "$me.stamp")" = "$stamp" ]; then
     echo "[$RUN/$name] up to date"
   else
-    hold "$me.lock"
+    hold "$me.running"                       # (bank.lock is codebook.py's own)
     echo "[$RUN/$name] $command"
     rm -f "$me.stamp" "$me.exit"
     FRESH=--restart                          # what another command or other code left half done is dropped …

@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1289,6 +1290,19 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     assert "em.json" in ctr_fault(4, "benches", tmp_path)
 
 
+def test_ctr_faults_are_two_tables(tmp_path):
+    one = {"trials": 10, "resumed": 9, "lost": 1, "why": ["x"]}
+    (tmp_path / "faults.json").write_text(json.dumps({"SIGKILL": {"fit": one, "bank": one}, "disk full": {"fit": one}}))
+    (tmp_path / "fuzz_core.json").write_text(json.dumps({"a loader": {"cases": 2000, "values": 5, "faults": 1995, "other": 0}}))
+    ctr.main(["faults", str(tmp_path), "--out", str(tmp_path / "table.md")])
+    text = (tmp_path / "table.md").read_text()
+    for line in ("| command | SIGKILL | disk full |", "| fit | 10 / 9 / 1 | 10 / 9 / 1 |", "| bank | 10 / 9 / 1 |  |",
+                 "| all | 20 / 18 / 2 | 10 / 9 / 1 |", "| a loader | 2,000 | 5 | 1,995 | 0 |"):
+        assert line in text, text
+    (tmp_path / "faults.json").write_text('{"SIGKILL": {"fit": 3}}')
+    assert "no figures" in ctr_fault(4, "faults", tmp_path)
+
+
 def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
     auc = {"deepfm": {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}}
     score = {"hobby": {"own": 0.9, "other": 0.01}}
@@ -1944,21 +1958,26 @@ def full():
 def child(call, said, prepare=lambda: None):
     """Forks; call() runs as a command does, and what it says goes to the file `said`. → pid."""
     sys.stdout.flush()
+    ready, tell = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(tell), os.read(ready, 1), os.close(ready)
         return pid
     code = 99                                                        # a traceback
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(120)                                            # a hang is a loss
         null, log = os.open(os.devnull, os.O_WRONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(null, 1), os.dup2(log, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
         count = prepare()
+        os.write(tell, b"!")
         call()
         code = 0
         if count is not None:
             Path(said).write_text(str(len(count)))
     except (uip.Fault, data.Fault, ctr.Fault) as fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         print(fault, file=sys.stderr)
         code = fault.code
     except KeyboardInterrupt:
@@ -2036,17 +2055,100 @@ def serve(port_file):
     return pid, f"http://127.0.0.1:{httpd.server_port}"
 
 
+class Script:
+    """reproduce.sh with a python that asks this process to fork: all it does is real but the start of Python."""
+
+    def __init__(self, folder, lm_folder):
+        self.home, self.said, self.pids = folder / "kit", folder / "said", []
+        (self.home / ".venv" / "bin").mkdir(parents=True)
+        for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
+            shutil.copy(HERE / name, self.home)
+        self.door = socket.socket(socket.AF_UNIX)
+        self.door.bind(str(folder / "door"))
+        self.door.listen()
+        self.door.settimeout(0.02)
+        python = self.home / ".venv" / "bin" / "python"
+        python.write_text(f"""#!{sys.executable} -SE
+import json, os, socket, sys
+if not sys.argv[1].endswith(".py"): sys.exit()
+door = socket.socket(socket.AF_UNIX)
+door.connect({str(folder / "door")!r})
+socket.send_fds(door, [json.dumps([sys.argv[1:], os.getpgrp()]).encode()], [1, 2])
+sys.exit(int(door.recv(9) or 137))
+""")
+        python.chmod(0o755)
+        self.env = {**os.environ, "VENV": ".venv", "LM": str(lm_folder), "USERS": "30", "SEEDS": "1", "MODELS": "lr",
+                    "DTYPE": "float32", "DEVICE": "cpu"}
+
+    def clean(self):
+        for name in ("runs", "results"):
+            shutil.rmtree(self.home / name, ignore_errors=True)
+
+    def outcome(self):
+        """What the run left, but for logs, seconds and stamps."""
+        found = {**outcome(self.home / "results"), **outcome(self.home / "runs")}
+        found["demo/summary.json"] = {**json.loads(found["demo/summary.json"]), "seconds": None}
+        return {name: value for name, value in found.items() if not name.endswith((".log", "seconds", "seconds.json", ".exit"))}
+
+    def fork(self):
+        """One call of python: a child in the stage's process group, which sends its exit code."""
+        line, _ = self.door.accept()
+        words, fds, *_ = socket.recv_fds(line, 65536, 2)
+        argv, group = json.loads(words)
+
+        def call():
+            os.setpgid(0, group)
+            os.dup2(fds[0], 1), os.dup2(fds[1], 2)
+            os.chdir(self.home)
+            try:
+                {"uip.py": uip, "data.py": data, "codebook.py": codebook, "ctr.py": ctr}[argv[0]].main(argv[1:])
+                line.send(b"0")
+            except (uip.Fault, data.Fault, ctr.Fault) as fault:
+                line.send(str(fault.code).encode())
+                raise
+        self.pids.append(child(call, self.said.with_name("unused")))
+        line.close()
+        for fd in fds:
+            os.close(fd)
+        return group
+
+    def run(self, number=None, seconds=math.inf):
+        """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code"""
+        with open(self.said, "w") as said:
+            run = subprocess.Popen(["bash", "reproduce.sh", "table"], cwd=self.home, env=self.env, stdout=said, stderr=said)
+        end, groups = time.time() + seconds, set()
+        while run.poll() is None:
+            if time.time() > end:
+                end = math.inf
+                run.send_signal(number)
+                for group in groups if number == signal.SIGKILL else ():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(group, number)
+            with contextlib.suppress(TimeoutError):
+                groups.add(self.fork())
+            self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]     # the zombies' end
+        return run.returncode
+
+
 def drive(folder, lm_folder, data_folder):
     """All trials → folder/faults.json. A process of its own, with one thread."""
     folder, inputs, out = Path(folder), Path(folder) / "in", Path(folder) / "work" / "out"
     out.parent.mkdir()
+    for module in (uip, codebook, data, ctr):                        # tqdm's own lock is shared with forked processes: one
+        module.Progress.set_lock(threading.RLock())                  # killed while it holds it would stop all others
     loaded = uip.load_lm(lm_folder, "float32", "cpu")
     uip.load_lm = lambda *args: loaded
     quick = ["--seeds", "2", "--epochs", "4", "--device", "cpu"]
     fit = lambda where, *more: uip.main(fit_args(data_folder, lm_folder, where, "--shard", "4", *more))
     shop, profiles, bank = (inputs / name for name in ("shop", "profiles", "bank"))
     pid, url = serve(folder)
-    os.environ["UIP_MIRROR"] = url
+    os.environ["UIP_MIRROR"], data.PAUSE = url, 0.01
+
+    def fetch():
+        try:
+            data.download("https://host.invalid/f.bin", out / "f.bin", SHA)
+        except OSError as error:                                     # as data.main does
+            raise data.Fault(3, str(error)) from None
 
     def old_bank():
         make_bank(out, 2000)
@@ -2058,7 +2160,7 @@ def drive(folder, lm_folder, data_folder):
                  lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(bank)])):
         assert ended(child(step, folder / "said")) == 0, (folder / "said").read_text()
     commands = {
-        "data.py, a download": (lambda: data.download("https://host.invalid/f.bin", out / "f.bin", SHA), {}),
+        "data.py, a download": (fetch, {}),
         "data.py planted": (lambda: data.main(["planted", "--out", str(out), "--users", "60"]), {}),
         "uip.py fit": (lambda: fit(out), {}),
         "uip.py infer": (lambda: uip.main(["infer", "--profiles", str(profiles), *fit_args(data_folder, lm_folder, out)[1:-2]]), {}),
@@ -2079,6 +2181,22 @@ def drive(folder, lm_folder, data_folder):
         print(name, round(time.time() - began, 1), flush=True)
         shutil.rmtree(out)
     os.kill(pid, signal.SIGKILL)
+    script = Script(folder, lm_folder)
+    began = time.time()
+    assert script.run() == 0, script.said.read_text()
+    seconds, whole = time.time() - began, script.outcome()
+    for fault in ("SIGKILL", "SIGTERM", "SIGINT"):
+        draw, found = random.Random(fault), {"trials": 0, "resumed": 0, "lost": 0, "why": []}
+        while found["trials"] < 10:
+            script.clean()
+            code = script.run(getattr(signal, fault), draw.uniform(0, seconds))
+            if code:
+                found["trials"] += 1
+                good = code == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[fault] and script.run() == 0
+                found["resumed" if good and script.outcome() == whole else "lost"] += 1
+                found["why"] += [] if found["lost"] == 0 else [script.said.read_text()[-500:]]
+        results[fault]["reproduce.sh"] = found
+    print("reproduce.sh", round(time.time() - began, 1), flush=True)
     codebook.write_text(folder / "faults.json", codebook.as_json(results))
 
 
@@ -2551,7 +2669,7 @@ def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, numbe
     state = lambda: subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True).stdout
     while state().strip() not in ("", "Z", "Z+"):                    # a zombie until somebody asks for it
         time.sleep(0.01)
-    assert not list(tmp_path.glob("runs/*/*.lock"))
+    assert not [path for path in tmp_path.glob("runs/**/*") if path.is_symlink()]
     run, child = begun()
     run.kill()
     run.wait()
@@ -2598,5 +2716,6 @@ def test_readme_tables_are_made_from_the_results(tmp_path):
     ctr.main(["compare", *(str(copy / "results" / name) for name in ("demo", "demo-1", "demo-2", "null")),
               "--out", str(copy / "results" / "shops.md")])
     ctr.main(["benches", str(copy / "results" / "bench"), "--out", str(copy / "results" / "bench" / "table.md")])
+    ctr.main(["faults", str(copy / "results" / "faults"), "--out", str(copy / "results" / "faults" / "table.md")])
     ctr.main(["include", str(copy / "README.md")])
     assert (copy / "README.md").read_text() == (HERE / "README.md").read_text()
