@@ -338,8 +338,8 @@ def alone(path: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
-                           "or choose another --out") from None
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
         except OSError:                                            # a file system without locks
             pass
         with suppress(FileNotFoundError):                          # else the last holder has just removed the file
@@ -380,7 +380,7 @@ def need(path: Path, found, keys) -> None:
         raise Fault(4, f"{path} has no {', '.join(map(repr, missing))}")
 
 
-MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked, beyond which it is a trap
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked: more is a trap
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -581,7 +581,7 @@ class Bank:
                            for name in cls.FILES[:2])
             if not (keys.dtype == np.uint64 and codes.dtype in (np.uint8, np.uint16) and keys.ndim == 1 and len(keys)
                     and codes.shape == (len(keys), len(meta["names"])) and all(type(n) is str for n in meta["names"])):
-                raise Fault(4, f"{folder}: keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
+                raise ValueError(f"keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
         except Fault:
             raise
         except Exception as error:                                     # whatever damage makes numpy raise
@@ -682,14 +682,15 @@ def command_verify(args) -> None:
         meta = read_json(folder / "meta.json", "sha256")
         if "seal" in meta and seal(meta) != meta["seal"]:
             raise Fault(4, f"{folder / 'meta.json'} was altered since it was made")
-        if not isinstance(meta["sha256"], dict) or not meta["sha256"] or any(Path(name).name != name for name in meta["sha256"]):
+        files = meta["sha256"]
+        if not isinstance(files, dict) or not files or any(Path(name).name != name for name in files):
             raise Fault(4, f"{folder / 'meta.json'} records no files of its folder")
-        for name, sha in meta["sha256"].items():
+        for name, sha in files.items():
             if not (folder / name).is_file():
                 raise Fault(4, f"{folder / name} is missing")
             if digest(folder / name) != sha:
                 raise Fault(4, f"{folder / name} is not the file that meta.json records")
-        print(f"{folder}: {', '.join(meta['sha256'])} as recorded")
+        print(f"{folder}: {', '.join(files)} as recorded")
 
 
 def command_lookup(args) -> None:

@@ -280,7 +280,7 @@ class Bank(NamedTuple):
     lm: object                   # the LLM behind the IDs, as the bank names it
 
 
-MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked, beyond which it is a trap
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked: more is a trap
 
 
 def read_json(path: Path) -> dict:
@@ -358,7 +358,7 @@ def check(data: Data) -> None:
         raise Fault(4, f"interactions.npz: x {data.x.shape} does not fit {dict(zip(data.fields, data.sizes))}")
     if data.users.ndim != 1 or data.users.dtype.kind != "U" or (data.user < 0).any() or (data.user >= len(data.users)).any():
         raise Fault(4, f"interactions.npz: a row's user is none of the {data.users.size} users")
-    if not (np.isin(data.y, (0, 1)).all() and (data.split >= 0).all() and (data.split <= 4).all() and np.isfinite(data.rating).all()):
+    if not (np.isin(data.y, (0, 1)).all() and np.isin(data.split, range(5)).all() and np.isfinite(data.rating).all()):
         raise Fault(4, "interactions.npz: a label, part or rating is out of range")
 
 
@@ -619,8 +619,8 @@ def alone(path: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
-                           "or choose another --out") from None
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
         except OSError:  # a file system without locks
             pass
         with contextlib.suppress(FileNotFoundError):  # else the last holder has just removed the file
@@ -735,7 +735,8 @@ def kept(out: Path, wanted: dict[Path, dict], restart: bool) -> set[Path]:
 
 def flat(setting: dict, name: str = "") -> dict:
     """{"config.lr": 0.01, …}, for messages."""
-    parts = [flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value} for key, value in setting.items()]
+    parts = [flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value}
+             for key, value in setting.items()]
     return {key: value for part in parts for key, value in part.items()}
 
 

@@ -524,8 +524,8 @@ def alone(path: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just started'}. Wait for its end, stop it, "
-                           "or choose another --out") from None
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
         except OSError:  # a file system without locks
             pass
         with suppress(FileNotFoundError):  # else the last holder has just removed the file

@@ -43,8 +43,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, need, perplexity, publish, read_json, read_npz,
-                      write_text)
+from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, need, perplexity, publish, read_json,
+                      read_npz, write_text)
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -629,7 +629,8 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
     (folder / "meta.json").unlink(missing_ok=True)                     # it vouches for the other file, so it goes last
     publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
     write_text(folder / "meta.json", as_json({
-        **meta, "sha256": {"profiles.npz": digest(folder / "profiles.npz")}, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
+        **meta, "sha256": {"profiles.npz": digest(folder / "profiles.npz")}, "users": N,
+        "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
         "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace}))
     for part in folder.glob("shard_*.pt*"):
         part.unlink()
@@ -862,8 +863,8 @@ def run_em(args, held: ExitStack) -> None:
     meet()                                       # nobody reads shards any more
     if place()[0] == 0:
         save_profiles(out, users, active, fitted, layout, {
-            "command": args.command, "settings": settings, "lm": identity, "data": source["name"], "data_sha256": evidence_sha,
-            "layout": source["layout"], "code_sha256": code(), "run": facts(began, "uip.py"),
+            "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
+            "data_sha256": evidence_sha, "layout": source["layout"], "code_sha256": code(), "run": facts(began, "uip.py"),
             "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)}})
 
 
