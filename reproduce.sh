@@ -53,7 +53,9 @@ hold() {  # hold FILE: a link that says who runs the stage. Made in one step; on
   for try in 1 2 3; do
     if ln -s "$me" "$1" 2>/dev/null; then LOCK=$1; return; fi
     owner=$(readlink "$1" || echo nobody) pid=${owner#process }
-    case $owner in *" on $(uname -n) since "*) ps -p "${pid%% *}" >/dev/null || rm -f "$1" ;; esac
+    case $owner in *" on $(uname -n) since "*)
+      [ -d "/proc/${pid%% *}" ] || kill -0 "${pid%% *}" 2>/dev/null || rm -f "$1" ;;
+    esac
   done
   echo "reproduce.sh: another run is at this stage, $owner. Wait for its end or stop it; if it is gone, remove $1" >&2
   exit 2
