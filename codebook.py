@@ -2,6 +2,7 @@
 
     python codebook.py bank   --profiles DIR --out DIR               the bank: user id → codes, memory-mapped
     python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
+    python codebook.py verify DIR...                                 is a folder what its meta.json records? else exit 4
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
     python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
     python codebook.py meaning --profiles DIR --data DIR --out FILE  what IDs tell of known attributes (ml-100k)
@@ -15,8 +16,10 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -24,7 +27,9 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl                                             # neither on Windows
+    import resource
+except ImportError:
+    fcntl = resource = None
 
 
 class Fault(Exception):
@@ -300,12 +311,65 @@ def sync(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes NAME.tmp, then renames: a reader sees the old file or the new one."""
+def publish(path: Path, write) -> None:
+    """A file appears whole or not at all: `write(file)` into NAME.tmp, fsync, rename."""
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    sync(fresh)
+    with open(fresh, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    publish(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise Fault(2, f"{path.parent} is a file, not a folder") from None
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
+        except OSError:                                            # a file system without locks
+            pass
+        with suppress(FileNotFoundError):                          # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
+
+
+def facts(began: float, program: str) -> dict:
+    """How, when and where a command ran: all that may differ between two runs with equal results. → meta.json's "run"."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
+        if resource else None
+    gpu = {"gpu": torch.cuda.get_device_name(), "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20} \
+        if torch.cuda.is_available() else {}
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy") if find_spec(name)}
+    return {"command": shlex.join(["python", program, *sys.argv[1:]]), "seconds": round(time.time() - began, 1),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), "peak_mb": peak,
+            "machine": {**machine(), **gpu}, "versions": {"python": platform.python_version(), **versions}}
 
 
 def unreadable(path: Path, error: Exception) -> Fault:
@@ -320,23 +384,44 @@ def need(path: Path, found, keys) -> None:
         raise Fault(4, f"{path} has no {', '.join(map(repr, missing))}")
 
 
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked: more is a trap
+
+
 def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that has these keys, else Fault."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        as_json(found).encode()                                        # no lone surrogates: what is read can be written
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
     need(path, found if isinstance(found, dict) else (), keys)
     return found
 
 
+def read_array(file, size: int) -> np.ndarray:
+    """An .npy of `size` bytes. ValueError if its header promises more: numpy would allocate that before it reads."""
+    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = head[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or math.prod(shape) * max(1, dtype.itemsize) > size:
+        raise ValueError(f"{shape} of {dtype} in {size} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
 def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz that has these keys, else Fault."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            need(path, file.files, keys)
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            need(path, members, keys)
+            if sum(info.file_size for info in members.values()) > max(MOST_UNPACKED, 2 * path.stat().st_size):
+                raise ValueError(f"it would unpack to more than {MOST_UNPACKED} bytes")
+            return {name: read_array(file.open(info), info.file_size) for name, info in members.items()}
+    except Fault:
+        raise
+    except Exception as error:                                         # whatever damage makes zipfile and numpy raise
         raise unreadable(path, error) from None
 
 
@@ -390,9 +475,21 @@ def digest(path: Path, sample: bool = False) -> str:
 
 
 def seal(meta: dict) -> str:
-    """sha256 of a bank's meta.json without its own seal."""
-    rest = {key: value for key, value in meta.items() if key != "seal"}
+    """sha256 of a bank's meta.json without its own seal and the facts of the run that made it."""
+    rest = {key: value for key, value in meta.items() if key not in ("seal", "run")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def replaced(folder: Path) -> Path:
+    """Where the old bank stands while the new one takes its place."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def identity(folder: Path) -> tuple | None:
+    """Tells a folder from another that took its name; None: there is none."""
+    with suppress(OSError):
+        found = os.stat(folder)
+        return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 class Bank:
@@ -401,6 +498,7 @@ class Bank:
     keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user
     up to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it sees every
     truncated or exchanged file, and every altered byte of files up to 4 MiB; verify() reads everything.
+    A new bank takes the place of the old in two renames; a reader sees one of the two, and keeps the one it has open.
     """
 
     FILES = ("keys.npy", "codes.npy", "codebook.npz")
@@ -415,7 +513,7 @@ class Bank:
         meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept beside them.
         Takes about 40 bytes of memory a user. A bank already there is replaced only when the new one is complete.
         """
-        folder, codes, meta = Path(folder), np.asarray(codes), dict(meta or {})
+        folder, codes, meta = Path(folder).resolve(), np.asarray(codes), dict(meta or {})
         if codes.shape[:-1] != (len(users),) or not codes.size or codes.dtype.kind not in "iu":
             raise Fault(4, f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
         if codes.min() < 0 or codes.max() > 65535:
@@ -432,41 +530,66 @@ class Bank:
         for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
             a, b = str(users[order[i]]), str(users[order[i + 1]])
             raise Fault(4, f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
-        fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for stale in (fresh, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        np.save(fresh / "keys.npy", keys)
-        np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
-        mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
-        np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
-        meta |= {"version": VERSION, "users": len(users),
-                 "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
-                 "sha256": {name: digest(fresh / name) for name in cls.FILES},
-                 "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
-        write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
-        sync(fresh)
-        if folder.exists():                                        # a folder cannot be replaced in one step
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with alone(folder.with_name(folder.name + ".lock")):
+            fresh, old = folder.with_name(folder.name + ".tmp"), replaced(folder)
+            if old.exists() and not folder.exists():                   # a build was killed between its two renames
+                old.rename(folder)
+            for stale in (fresh, old):
+                shutil.rmtree(stale, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            np.save(fresh / "keys.npy", keys)
+            np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
+            mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
+            np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
+            meta |= {"version": VERSION, "users": len(users),
+                     "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
+                     "sha256": {name: digest(fresh / name) for name in cls.FILES},
+                     "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
+            write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
+            sync(fresh)
+            if folder.exists():                                        # a folder cannot be replaced in one step
+                folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod
     def open(cls, folder) -> "Bank":
         """Memory-maps a bank. Fault 4 if it is missing, truncated, altered or of another version."""
         folder = Path(folder)
+        while True:                                                    # until no build came between our looks
+            at = replaced(folder) if replaced(folder).exists() and not folder.exists() else folder
+            before = identity(at)
+            try:
+                bank = cls.look(at)
+            except Fault:
+                if identity(at) == before:
+                    raise
+            else:
+                if identity(at) == before:
+                    return bank
+
+    @classmethod
+    def look(cls, folder: Path) -> "Bank":
+        """The bank as it stands in `folder` at this moment."""
         meta = read_json(folder / "meta.json", "version", "seal", "users", "names", "sample")
         if meta["version"] != VERSION:
             raise Fault(4, f"{folder} has version {meta['version']}, needed is {VERSION}: build the bank again")
-        for name in cls.FILES:
-            path = folder / name
-            if not path.is_file() or digest(path, sample=True) != meta["sample"].get(name):
-                raise Fault(4, f"{path} is missing, truncated or altered: build the bank again")
-        if seal(meta) != meta["seal"]:
-            raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
-        keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-                       for name in cls.FILES[:2])
+        try:
+            for name in cls.FILES:
+                if digest(folder / name, sample=True) != meta["sample"][name]:
+                    raise Fault(4, f"{folder / name} was truncated or altered: build the bank again")
+            if seal(meta) != meta["seal"]:
+                raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
+            keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+                           for name in cls.FILES[:2])
+            if not (keys.dtype == np.uint64 and codes.dtype in (np.uint8, np.uint16) and keys.ndim == 1 and len(keys)
+                    and codes.shape == (len(keys), len(meta["names"])) and all(type(n) is str for n in meta["names"])):
+                raise ValueError(f"keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
+        except Fault:
+            raise
+        except Exception as error:                                     # whatever damage makes numpy raise
+            raise Fault(4, f"{folder} is damaged, {error}: build the bank again") from None
         return cls(folder, meta, keys, codes)
 
     def verify(self) -> None:
@@ -520,11 +643,12 @@ def read_profiles(folder) -> Profiles:
     """Users, IDs and codebooks of a PROFILES folder, checked against each other."""
     path = Path(folder) / "profiles.npz"
     found = read_npz(path, "users", "ids", "names")
-    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"]]
+    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"].flatten()]
     need(path, found, [f"mu_{p}" for p in range(len(names))])
     mu = [found[f"mu_{p}"] for p in range(len(names))]
-    if not len(users) or ids.shape != (len(users), len(names)):
-        raise Fault(4, f"{path}: ids {list(ids.shape)} for {len(users)} users and {len(names)} profiles")
+    if not (users.ndim == 1 and users.dtype.kind == "U" and ids.dtype.kind in "iu" and len(users)
+            and ids.shape == (len(users), len(names)) and all(m.ndim == 2 and m.dtype.kind == "f" for m in mu)):
+        raise Fault(4, f"{path}: ids {list(ids.shape)} for {users.size} users and {len(names)} profiles, or of a wrong type")
     if (ids < 0).any() or (ids >= [len(m) for m in mu]).any():
         raise Fault(4, f"{path}: an id lies outside its codebook of {[len(m) for m in mu]} codes")
     return Profiles(users, ids, names, mu, read_json(Path(folder) / "meta.json"))
@@ -538,7 +662,7 @@ def match(users, known) -> np.ndarray:
 
 def command_bank(args) -> None:
     """PROFILES folders → bank. Several share one codebook, as those of fit and of infer do; of a user the last counts."""
-    folders, first = args.profiles, read_profiles(args.profiles[0])
+    began, folders, first = time.time(), args.profiles, read_profiles(args.profiles[0])
     users, codes = [], []
     for folder, profiles in ((folder, read_profiles(folder)) for folder in reversed(folders)):
         if profiles.names != first.names or not all(map(np.array_equal, profiles.mu, first.mu)):
@@ -547,11 +671,30 @@ def command_bank(args) -> None:
         users.append(profiles.users[new])
         codes.append(profiles.ids[new] + 1)
     meta = {"names": first.names, "lm": first.meta.get("lm"),
-            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders]}
+            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders],
+            "settings": first.meta.get("settings"), "data_sha256": first.meta.get("data_sha256"),
+            "code_sha256": digest(Path(__file__)), "run": facts(began, "codebook.py")}
     bank = Bank.build(args.out, np.concatenate(users), np.concatenate(codes), meta, first.mu)
     size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:2])
     print(f"bank of {len(bank.keys)} users in {args.out}: {size / len(bank.keys):.1f} bytes a user, "
           f"codes {dict(zip(first.names, bank.meta['sizes']))}")
+
+
+def command_verify(args) -> None:
+    """Checks folders (data, profiles, bank, results) against their own meta.json; exit 4 names a file that differs."""
+    for folder in map(Path, args.folder):
+        meta = read_json(folder / "meta.json", "sha256")
+        if "seal" in meta and seal(meta) != meta["seal"]:
+            raise Fault(4, f"{folder / 'meta.json'} was altered since it was made")
+        files = meta["sha256"]
+        if not isinstance(files, dict) or not files or any(Path(name).name != name for name in files):
+            raise Fault(4, f"{folder / 'meta.json'} records no files of its folder")
+        for name, sha in files.items():
+            if not (folder / name).is_file():
+                raise Fault(4, f"{folder / name} is missing")
+            if digest(folder / name) != sha:
+                raise Fault(4, f"{folder / name} is not the file that meta.json records")
+        print(f"{folder}: {', '.join(files)} as recorded")
 
 
 def command_lookup(args) -> None:
@@ -835,6 +978,7 @@ def main(argv: list[str] | None = None) -> None:
     command("bank", command_bank, several, ("--out", folder("where the bank goes; a bank there is replaced")))
     command("lookup", command_lookup, ("--bank", folder("bank to look in")),
             ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
+    command("verify", command_verify, ("folder", {"nargs": "+", "metavar": "DIR", "help": "folder with a meta.json"}))
     command("cards", command_cards, profiles, data,
             ("--out", {"metavar": "FILE", "help": "Markdown file (default: standard output)"}),
             ("--top", {"type": int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
@@ -848,7 +992,10 @@ def main(argv: list[str] | None = None) -> None:
             ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),
             ("--out", {"metavar": "FILE", "help": "JSON file for the figures, beside printing them"}))
     args = parser.parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except OSError as error:                                           # a full disk, a folder that may not be written
+        raise Fault(3, f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

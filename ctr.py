@@ -9,6 +9,7 @@
     python ctr.py tables results README.md                              all of these at once, from the JSON in results
     python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
     python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
+    python ctr.py faults DIR --out FILE.md                              tables of the fault tests' JSON
 
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -41,6 +43,7 @@ import threading
 import time
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +54,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
-    import resource                                          # not on Windows
+    import fcntl                                             # neither on Windows
+    import resource
 except ImportError:
-    resource = None
+    fcntl = resource = None
 
 BANK_VERSION = 1
 FEATURES = ("none", "random", "shuffled", "stats", "userip")
@@ -279,45 +283,86 @@ class Bank(NamedTuple):
     lm: object                   # the LLM behind the IDs, as the bank names it
 
 
+MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked: more is a trap
+
+
 def read_json(path: Path) -> dict:
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
+        dump(value).encode()                                             # no lone surrogates: can be written again
     except FileNotFoundError:
         raise Fault(2, f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Fault(4, f"{path} is damaged or no JSON: {error}") from None
     if not isinstance(value, dict):
         raise Fault(4, f"{path} holds no JSON object")
     return value
 
 
-def checked(folder: Path, meta: dict, name: str) -> Path:
-    """The file's path, once its SHA-256 is the one in meta.json."""
+def read_array(file, size: int) -> np.ndarray:
+    """An .npy of `size` bytes. ValueError if its header promises more: numpy would allocate that before it reads."""
+    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = head[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or math.prod(shape) * max(1, dtype.itemsize) > size:
+        raise ValueError(f"{shape} of {dtype} in {size} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def checked(folder: Path, meta: dict, name: str) -> io.BytesIO:
+    """The file's bytes, whose SHA-256 is the one in meta.json."""
     path = folder / name
     if not path.is_file():
         raise Fault(4, f"{path} is missing: make the folder anew")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != (meta.get("sha256") or {}).get(name):
+    content, known = path.read_bytes(), meta.get("sha256")
+    if not isinstance(known, dict) or hashlib.sha256(content).hexdigest() != known.get(name):
         raise Fault(4, f"{path} is not the file meta.json describes (cut, or of another run): make it anew")
-    return path
+    return io.BytesIO(content)
 
 
 def read_data(folder) -> Data:
     """A data folder (interactions.npz, meta.json), checked."""
     folder = Path(folder)
     meta = read_json(folder / "meta.json")
-    path = checked(folder, meta, "interactions.npz")
+    path = folder / "interactions.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            data = Data(meta["name"], meta["fields"], meta["sizes"], sha256=meta["sha256"][path.name],
-                        **{key: arrays[key] for key in Data._fields[3:-1]})
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(checked(folder, meta, path.name)) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            if sum(info.file_size for info in members.values()) > max(MOST_UNPACKED, 2 * path.stat().st_size):
+                raise ValueError(f"an array that unpacks to more than {MOST_UNPACKED} bytes")
+            data = Data(meta["name"], meta["fields"], meta["sizes"], sha256=meta["sha256"][path.name], **{
+                key: read_array(file.open(members[key]), members[key].file_size) for key in Data._fields[3:-1]})
+        check(data)
+    except Fault:
+        raise
+    except Exception as error:                                           # whatever damage makes zipfile and numpy raise
         raise Fault(4, f"{folder}: {error} is missing or unreadable in its files") from None
-    if data.x.shape != (len(data.y), len(data.sizes)) or (data.x < 0).any() or (data.x >= data.sizes).any():
-        raise Fault(4, f"{path}: x {data.x.shape} does not fit {dict(zip(data.fields, data.sizes))}")
     for split, which in enumerate(("training", "validation", "test")):
         if len(set(data.y[data.split == split].tolist())) < (1 if split == 2 else 2):
             raise Fault(4, f"{path}: the {which} rows are none, or all of one label")
     return data
+
+
+def check(data: Data) -> None:
+    """Fault 4 unless all of it fits together; field sizes, which memory follows, are bounded by the rows."""
+    rows, shapes = len(data.y), {"user": 1, "x": 2, "y": 1, "rating": 1, "price": 1, "split": 1}
+    kinds = {"user": "iu", "x": "iu", "y": "iu", "split": "iu", "rating": "f", "price": "f"}
+    for key, ndim in shapes.items():
+        array = getattr(data, key)
+        if array.ndim != ndim or len(array) != rows or array.dtype.kind not in kinds[key]:
+            raise Fault(4, f"interactions.npz: {key} is {array.dtype} {array.shape}, for {rows} rows")
+    names = [data.name, *data.fields]
+    if any(type(name) is not str for name in names) or any(type(size) is not int or size < 1 for size in data.sizes) \
+            or not 0 < len(data.fields) == len(data.sizes) == len(set(data.fields)) or sum(data.sizes) > 100 * rows + 10**6:
+        raise Fault(4, f"meta.json: fields {data.fields} with sizes {data.sizes} are none of {rows} rows")
+    if data.x.shape[1] != len(data.sizes) or (data.x < 0).any() or (data.x >= data.sizes).any():
+        raise Fault(4, f"interactions.npz: x {data.x.shape} does not fit {dict(zip(data.fields, data.sizes))}")
+    if data.users.ndim != 1 or data.users.dtype.kind != "U" or (data.user < 0).any() or (data.user >= len(data.users)).any():
+        raise Fault(4, f"interactions.npz: a row's user is none of the {data.users.size} users")
+    if not (np.isin(data.y, (0, 1)).all() and np.isin(data.split, range(5)).all() and np.isfinite(data.rating).all()):
+        raise Fault(4, "interactions.npz: a label, part or rating is out of range")
 
 
 def hash_users(users) -> np.ndarray:
@@ -334,19 +379,38 @@ def hash_users(users) -> np.ndarray:
 
 
 def read_bank(folder, users: np.ndarray) -> Bank:
-    """The bank's codes of `users`; 0 for those it does not hold."""
-    folder = Path(folder)
+    """The bank's codes of `users`; 0 for those it does not hold.
+
+    A new bank takes the old one's place in two renames, between which the old one stands beside: hence a second look.
+    """
+    folder = Path(folder).resolve()
+    old = folder.with_name(folder.name + ".replaced")
+    for last in (False, False, True):
+        try:
+            return look(old if old.exists() and not folder.exists() else folder, users)
+        except Fault:
+            if last:
+                raise
+            time.sleep(0.05)
+
+
+def look(folder: Path, users: np.ndarray) -> Bank:
+    """read_bank, as the folder stands at this moment."""
     meta = read_json(folder / "meta.json")
     if meta.get("version") != BANK_VERSION:
         raise Fault(4, f"{folder} is a bank of version {meta.get('version')}, not {BANK_VERSION}: redo it")
     try:
-        paths = [checked(folder, meta, name) for name in ("keys.npy", "codes.npy")]
-        keys, codes = (np.load(path, allow_pickle=False) for path in paths)
-        sizes = [int(size) for size in meta["sizes"]]
-    except (KeyError, TypeError, ValueError) as error:
+        keys, codes = (read_array(file, len(file.getbuffer())) for file in
+                       (checked(folder, meta, name) for name in ("keys.npy", "codes.npy")))
+        sizes = meta["sizes"]
+        if not (keys.dtype == np.uint64 and keys.ndim == 1 and len(keys) and codes.dtype.kind == "u" and sizes
+                and all(type(size) is int and 0 < size < 2**16 for size in sizes)
+                and codes.shape == (len(keys), len(sizes)) and (codes <= sizes).all()):
+            raise ValueError(f"keys {keys.shape} and codes {codes.shape} do not fit the sizes {sizes}")
+    except Fault:
+        raise
+    except Exception as error:                                           # whatever damage makes numpy raise
         raise Fault(4, f"{folder}: damaged bank: {error}") from None
-    if keys.ndim != 1 or codes.shape != (len(keys), len(sizes)) or not len(keys) or (codes > sizes).any():
-        raise Fault(4, f"{folder}: keys {keys.shape} and codes {codes.shape} do not fit the sizes {sizes}")
     wanted = hash_users(users)
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     found = keys[at] == wanted
@@ -540,6 +604,41 @@ def publish(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise Fault(2, f"{path.parent} is a file, not a folder") from None
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):  # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 def dump(value: dict) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -585,38 +684,74 @@ def run(args) -> None:
     codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None,
              **{name: (bank.codes[:, [p]], [bank.sizes[p]]) for name, p in profiles.items()}}
     raw = read_json(Path(args.data) / "meta.json").get("raw")             # sha256 of the files the data came from
-    command = shlex.join(["python", "ctr.py", *sys.argv[1:]])
-    if args.restart:
-        for path in results(Path(args.out)):
-            path.unlink()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    code, done = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), 0
-    bar = Progress(total=len(models) * len(features) * args.seeds, desc="runs", unit="run")
-    for model, feature, seed in itertools.product(models, features, range(args.seeds)):
+    code, began, out = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), time.time(), Path(args.out)
+
+    def setting(model: str, feature: str, seed: int) -> dict:
+        """All that a result depends on, as its file says it."""
         signature, uses = inspect.signature(MODELS[model]).parameters, set(feature.split("+"))
         defaults = {name: value.default for name, value in signature.items() if name != "field_sizes"}
         ids = bool(uses & {"userip", "shuffled", *profiles})
-        setting = {"dataset": data.name, "model": model, "features": feature, "seed": seed,
-                   "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
-                   "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256, "raw": raw,
-                   "bank": bank.about if ids else None, "lm": bank.lm if ids else None}
-        setting = json.loads(json.dumps(setting))                        # tuples become lists, as in the file
-        path = Path(args.out) / f"{model}_{feature}_{seed}.json"
-        old = read_json(path) if path.exists() else {}
-        if all(old.get(key, path) == value for key, value in setting.items()):
-            done += 1
-        else:
+        return json.loads(json.dumps({                                   # tuples become lists, as in the file
+            "dataset": data.name, "model": model, "features": feature, "seed": seed,
+            "code_sha256": code, "config": {**config, "model": {**defaults, "dim": args.dim}},
+            "codes": bank.sizes if uses - {"none"} else [], "data_sha256": data.sha256, "raw": raw,
+            "bank": bank.about if ids else None, "lm": bank.lm if ids else None}))
+
+    wanted = {out / "{}_{}_{}.json".format(*one): setting(*one)
+              for one in itertools.product(models, features, range(args.seeds))}
+    with alone(out / ".lock"):
+        done = kept(out, wanted, args.restart)
+        bar = Progress(total=len(wanted), initial=len(done), desc="runs", unit="run")
+        for path, one in wanted.items():
+            if path in done:
+                continue
             def report(text):
                 bar.set_postfix_str(f"{path.stem} {text}", refresh=False)
                 bar.update(0)
-            start = time.perf_counter()
-            extra = add_features(feature, data, codes, bank.sizes, seed)
-            figures = run_one(data, model, extra, seed, setting["config"], report)
-            publish(path, dump({**setting, **figures, "command": command, "versions": versions,
-                                "seconds": round(time.perf_counter() - start, 3)}))
-        bar.update()
-    bar.close()
-    print(f"{args.out}: {bar.total - done} runs, {done} of them kept from before (nothing has changed)")
+            start = time.time()
+            extra = add_features(one["features"], data, codes, bank.sizes, one["seed"])
+            figures = run_one(data, one["model"], extra, one["seed"], one["config"], report)
+            publish(path, dump({**one, **figures, "run": facts(start, config["device"])}))
+            bar.update()
+        bar.close()
+        publish(out / "meta.json", dump({
+            "dataset": data.name, "data_sha256": data.sha256, "code_sha256": code, "config": {**config, "dim": args.dim},
+            "models": models, "features": features, "seeds": args.seeds, "bank": bank.about, "lm": bank.lm,
+            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in results(out)},
+            "run": facts(began, config["device"])}))
+    print(f"{args.out}: {len(wanted)} runs, {len(done)} of them kept from before (nothing has changed)")
+
+
+def kept(out: Path, wanted: dict[Path, dict], restart: bool) -> set[Path]:
+    """The results in `out` that the wanted settings would give again. Of others none is used: --restart removes them."""
+    done, common = set(), {key: next(iter(wanted.values()))[key] for key in ("dataset", "data_sha256", "code_sha256")}
+    for path in results(out):
+        if restart:
+            path.unlink()
+            continue
+        old, new = flat(read_json(path)), flat(wanted.get(path, common))
+        differs = [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key, path) != value]
+        if differs:
+            raise Fault(2, f"{path} comes from other settings, data or code ({'; '.join(differs)}). Choose another --out, "
+                           "or pass --restart to remove the results there")
+        done |= {path} & set(wanted)
+    return done
+
+
+def flat(setting: dict, name: str = "") -> dict:
+    """{"config.lr": 0.01, …}, for messages."""
+    parts = [flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value}
+             for key, value in setting.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def facts(began: float, device: str) -> dict:
+    """How, when and where something ran: all that may differ between two runs with equal results."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")
+                if importlib.util.find_spec(name)}
+    return {"command": shlex.join(["python", "ctr.py", *sys.argv[1:]]), "seconds": round(time.time() - began, 3),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), "peak_mb": peak_mb(),
+            "machine": machine(torch.device(device)), "versions": {"python": platform.python_version(), **versions}}
 
 
 # ---------------------------------------------------------------------------------------------------- table
@@ -648,6 +783,8 @@ def read_runs(folder: Path) -> list[dict]:
         missing = set(keys.split()) - set(one)
         if missing:
             raise Fault(4, f"{path} is a damaged result, without {', '.join(sorted(missing))}")
+        if not sound(one):
+            raise Fault(4, f"{path} is no result: a value is of a wrong type, or not finite")
         same = first.setdefault((one["dataset"], one["model"]), (path, one["config"], one["data_sha256"]))
         if same[1:] != (one["config"], one["data_sha256"]):
             raise Fault(4, f"{path} and {same[0].name} differ in settings or data: remove the older ones")
@@ -655,6 +792,17 @@ def read_runs(folder: Path) -> list[dict]:
     if not runs:
         raise Fault(4, f"{folder} holds no result of ctr.py run")
     return runs
+
+
+def sound(one: dict) -> bool:
+    """Whether the values of a result that tables are made of have their types."""
+    lm = one.get("lm")
+    return (all(type(one[key]) is str for key in ("dataset", "model", "features", "data_sha256")) and type(one["seed"]) is int
+            and all(one[key] is None or type(one[key]) in (int, float) and abs(one[key]) < 1e300
+                    for key in ("auc", "gauc", "logloss"))
+            and isinstance(one["config"], dict) and isinstance(one["rows"], dict)
+            and all(type(count) is int for count in one["rows"].values())
+            and (lm is None or type(lm) is str or isinstance(lm, dict) and type(lm.get("name")) is str))
 
 
 def cells(runs: list[dict], key: str) -> dict:
@@ -859,6 +1007,8 @@ def tables(args) -> None:
             make(compare, folders=there, out=root / name)
     if (root / "bench").is_dir():
         make(benches, folder=root / "bench", out=root / "bench" / "table.md")
+    if (root / "faults").is_dir():
+        make(faults, folder=root / "faults", out=root / "faults" / "table.md")
     if args.readme:
         make(include, file=args.readme)
 
@@ -1048,6 +1198,25 @@ def benches(args) -> None:
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 
+def faults(args) -> None:
+    """faults.json (trials of fault × command) and fuzz_*.json (cases of each loader) of a folder, as two tables."""
+    folder = Path(args.folder)
+    struck = read_json(folder / "faults.json")
+    fuzzed = [item for path in sorted(folder.glob("fuzz_*.json")) for item in read_json(path).items()]
+    try:
+        commands, keys = {name: None for by in struck.values() for name in by}, ("trials", "resumed", "lost")
+        cell = lambda by: " / ".join(f"{sum(one[key] for one in by)}" for key in keys)
+        rows = [[name, *(cell([by[name]]) if name in by else "" for by in struck.values())] for name in commands]
+        rows.append(["all", *(cell(by.values()) for by in struck.values())])
+        text = "Trials / resumed bit for bit / lost:\n\n" + markdown(["command", *struck], rows) + "\n"
+        counts = [[name, *(f"{one[key]:,}" for key in ("cases", "values", "faults", "other"))] for name, one in fuzzed]
+        if counts:
+            text += "\n" + markdown(["loader", "cases", "a value", "our own error", "anything else"], counts) + "\n"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Fault(4, f"{folder}: no figures of the fault tests ({error!r})") from None
+    publish(Path(args.out), text) if args.out else print(text, end="")
+
+
 # ------------------------------------------------------------------------------------------------------ CLI
 
 def positive(kind, zero: bool = False):
@@ -1114,10 +1283,17 @@ def main(argv=None) -> None:
     eight.set_defaults(do=tables)
     eight.add_argument("folder", metavar="DIR", help="folder such as results")
     eight.add_argument("readme", nargs="?", metavar="README", help="Markdown file whose blocks to fill")
+    ten = commands.add_parser("faults", help="tables of the fault tests' figures", allow_abbrev=False)
+    ten.set_defaults(do=faults)
+    ten.add_argument("folder", metavar="DIR", help="folder of faults.json and fuzz_*.json")
+    ten.add_argument("--out", help="file for the tables (default: print them)")
     for command in (one, three):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)
-    args.do(args)
+    try:
+        args.do(args)
+    except OSError as error:                                             # a full disk, a folder that may not be written
+        raise Fault(3, f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import mmap
 import os
 import platform
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -48,8 +49,10 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import process_time, sleep
+from time import gmtime, process_time, sleep, strftime
+from time import time as now
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -57,6 +60,12 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl  # neither on Windows
+    import resource
+except ImportError:
+    fcntl = resource = None
 
 
 class Fault(Exception):
@@ -979,9 +988,57 @@ def publish(path: Path, write) -> str:
     return digest(path)
 
 
+@contextmanager
+def alone(path: Path):
+    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
+
+    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
+                           "it, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        with suppress(FileNotFoundError):  # else the last holder has just removed the file
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
+
+
 def publish_json(path: Path, value) -> None:
     """Keys stay in the order given: that of a layout's profiles is the order of θ and of the codes."""
     publish(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+BEGAN = now()
+
+
+def facts() -> dict:
+    """How, when and where this ran: all that may differ between two runs that give the same files."""
+    processor, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.*)", info.read_text())):
+        processor = found[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
+        if resource else None
+    return {"command": shlex.join(["python", "data.py", *sys.argv[1:]]), "seconds": round(now() - BEGAN, 1),
+            "started": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(BEGAN)), "peak_mb": peak,
+            "machine": {"processor": processor, "cores": os.cpu_count()},
+            "versions": {"python": platform.python_version(), "numpy": np.__version__}}
 
 
 def statistics(ready: Prepared) -> dict:
@@ -1007,10 +1064,11 @@ def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, trut
     if truth:
         known = {profile: np.array([classes[user] for user in users]) for profile, classes in truth.items()}
         n_train = np.bincount(arrays["user"][arrays["split"] == 0], minlength=len(users)).astype(np.int32)
-        publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
+        sha["truth.npz"] = publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
     publish_json(out / "meta.json", {
         "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
-        "stats": stats, "seed": config["seed"], "config": config, **about})
+        "stats": stats, "seed": config["seed"], "config": config, **about, "code_sha256": digest(__file__),
+        "run": facts()})
     return stats
 
 
@@ -1417,10 +1475,11 @@ def main(argv: list[str] | None = None) -> None:
     if words and words[0].partition(":")[0] in REAL:
         words[:1] = words[0].split(":", 1)                              # a command and its first argument
     args = vars(build_parser().parse_args(words))
-    name, out = args.pop("dataset"), args.pop("out")
+    name, out, held = args.pop("dataset"), args.pop("out"), ExitStack()
     try:
         if name == "bench":
             return bench(args["rows"], out)
+        held.enter_context(alone(out / ".lock" if name != "lm" else Path(f"{out.resolve()}.lock")))
         if name == "lm":
             lm(out, args["name"])
             return
@@ -1442,6 +1501,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(save(out, name, ready, layout, args, data.truth, data.about)))
     except OSError as error:
         raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
+    finally:
+        held.close()
 
 
 if __name__ == "__main__":

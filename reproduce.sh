@@ -41,7 +41,30 @@ export PYTHONUNBUFFERED=1
 usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]##*/}" | sed -e '$d' -e 's/^# \{0,1\}//'; }
 hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-32; }
 at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
-trap 'echo; echo "Interrupted. The same command goes on from here." >&2; exit 130' INT
+
+CHILD= LOCK=
+stopped() {  # by a signal: the stage's processes go too, then this script
+  trap '' INT TERM HUP
+  if [ -n "$CHILD" ]; then kill -TERM -- "-$CHILD" 2>/dev/null || true; wait 2>/dev/null || true; fi
+  echo >&2; echo "Interrupted. The same command goes on from here." >&2
+  exit "$1"
+}
+trap 'stopped 130' INT; trap 'stopped 143' TERM; trap 'stopped 129' HUP
+trap '[ -z "$LOCK" ] || rm -f "$LOCK"' EXIT
+
+hold() {  # hold FILE: a link that says who runs the stage. Made in one step; one of a dead process is taken over
+  local me owner=nobody pid try
+  me="process $$ on $(uname -n) since $(date '+%Y-%m-%d %H:%M:%S')"
+  for try in 1 2 3; do
+    if ln -s "$me" "$1" 2>/dev/null; then LOCK=$1; return; fi
+    owner=$(readlink "$1" || echo nobody) pid=${owner#process }
+    case $owner in *" on $(uname -n) since "*)
+      [ -d "/proc/${pid%% *}" ] || kill -0 "${pid%% *}" 2>/dev/null || rm -f "$1" ;;
+    esac
+  done
+  echo "reproduce.sh: another run is at this stage, $owner. Wait for its end or stop it; if it is gone, remove $1" >&2
+  exit 2
+}
 
 # stage NAME "MODULES it runs" "STAGES before it" OUTPUT COMMAND: runs COMMAND unless OUTPUT and the stamp of an equal
 # run are there
@@ -52,17 +75,21 @@ stage() {
   if [ -e "$out" ] && [ -f "$me.stamp" ] && [ "$(cat "$me.stamp")" = "$stamp" ]; then
     echo "[$RUN/$name] up to date"
   else
+    hold "$me.running"                       # (bank.lock is codebook.py's own)
     echo "[$RUN/$name] $command"
-    rm -f "$me.stamp"
+    rm -f "$me.stamp" "$me.exit"
     FRESH=--restart                          # what another command or other code left half done is dropped …
     [ "$(cat "$me.started" 2>/dev/null)" != "$stamp" ] || FRESH=      # … and what this one left is resumed
     echo "$stamp" > "$me.started"
     export FRESH
     began=$(date +%s)
-    set +e
-    bash -c "set -Eeuo pipefail; $command" 2>&1 | tee -i "$me.log"
-    status=${PIPESTATUS[0]}
-    set -e
+    set -m                                   # a process group of its own, and in the background: so signals reach both
+    { bash -c "set -Eeuo pipefail; $command" 2>&1 && echo 0 > "$me.exit" || echo $? > "$me.exit"; } </dev/null | tee -i "$me.log" &
+    CHILD=$(jobs -p %+ || true)
+    set +m
+    wait || true
+    CHILD= status=$(cat "$me.exit" 2>/dev/null || true)
+    status=${status:-137}
     if [ "$status" -ne 0 ]; then
       printf '\nStage %s failed (exit %s). The last lines of %s:\n' "$name" "$status" "$me.log" >&2
       tr '\r' '\n' < "$me.log" | tail -n 5 | sed 's/^/    /' >&2
@@ -71,6 +98,7 @@ stage() {
     fi
     echo $(( $(date +%s) - began )) > "$me.seconds"
     echo "$stamp" > "$me.stamp.tmp" && mv "$me.stamp.tmp" "$me.stamp"
+    rm -f "$LOCK"; LOCK=
   fi
   [ "$name" != "$UNTIL" ] || { echo "Done, up to stage $UNTIL."; exit 0; }
 }

@@ -1,7 +1,9 @@
 """Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with --slow the slow ones too."""
 import ast
+import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -9,16 +11,20 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
+import warnings
 import zipfile
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,8 +32,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizerFast,
-                          Qwen2Config)
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizer,
+                          PreTrainedTokenizerFast, Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import codebook
@@ -364,6 +370,135 @@ def test_collapse_is_reported_loudly():
     lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words())
     uip.fit(lm, layout, [uip.pack(text, layout) for text in same], [2, 2], rounds=0, steps=2, log=lines.append)
     assert sum("collapsed" in line for line in lines) == 2
+
+
+# numbers gone wrong: a defined behaviour each
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_loss_that_is_not_finite_ends_in_a_sentence_and_leaves_no_shard(bad, step, monkeypatch, tmp_path):
+    lm, layout, rows, _, _ = case(m=1)
+    honest, calls = uip.nll, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return honest(*args) * (bad if len(calls) > step else 1.0)
+    monkeypatch.setattr(uip, "nll", spoiled)
+    with pytest.raises(Fault, match="not finite in torch.float32: try --dtype") as fault:
+        uip.fit(lm, layout, rows, [1, 1], rounds=0, folder=tmp_path, log=lambda line: None)
+    assert fault.value.code == 4 and not list(tmp_path.iterdir())
+
+
+def quiet_fit(lm, layout, texts, codes, **options):
+    return uip.fit(lm, layout, [uip.pack(text, layout) for text in texts], codes, log=lambda line: None, **options)
+
+
+@pytest.mark.parametrize("texts, codes", [
+    ([{"title": ["rod"]}], [1, 1]),                                    # one user, one token, K = 1
+    ([{"title": ["rod"]}] * 6, [4, 3]),                                # all the same, more codes than different users
+    ([{"price": ["9"]}, {"title": ["red rod"]}], [1, 2])])
+def test_degenerate_users_get_codes_and_finite_numbers(texts, codes):
+    lm, layout, *_ = case(m=1)
+    found = quiet_fit(lm, layout, texts, codes, rounds=2, steps=2)
+    F = [entry["F"] for entry in found.trace]
+    assert all(map(math.isfinite, F)) and all(after >= before - 1e-4 * abs(before) for before, after in zip(F, F[1:]))
+    assert found.theta.isfinite().all() and all(mu.isfinite().all() for mu in found.book.mu)
+    assert (found.ids >= 0).all() and (found.ids < torch.tensor(codes)).all()
+    if len(texts) == 6:
+        assert len(found.ids.unique(dim=0)) == 1                       # equal users, equal IDs
+        assert torch.equal(found.theta[0], found.theta[5])
+
+
+def test_evidence_beyond_the_context_is_refused_by_its_length_not_its_number():
+    lm, *_ = case(m=1)
+    layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
+    words = " ".join(f"w{i}" for i in range(lm.config.max_position_embeddings))
+    lm.resize_token_embeddings(300)
+    with pytest.raises(Fault, match="the LLM reads 64") as fault:
+        quiet_fit(lm, layout, [{"title": [words]}], [1, 1])
+    assert fault.value.code == 4
+    quiet_fit(lm, layout, [{"title": words.split()}], [1, 1], rounds=0, steps=1)      # many short texts fit
+    cut = uip.Layout.build(SPEC, Words(), m=1)                                        # and 32 tokens is where texts are cut
+    assert len(uip.pack({"title": [words]}, cut).ids) == 2 + 32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(tied):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=tied)).double().eval().requires_grad_(False)
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    uip.check_lm(lm)
+    _, layout, rows, _, theta = case()
+    batch = uip.collate(rows, layout, uip.prefix(lm, layout), dtype=lm.dtype)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
+
+
+class Letters(PreTrainedTokenizer):
+    """A slow tokenizer, in plain Python: a letter is a token. Its BOS is whatever it is given."""
+    def __init__(self, **kwargs):
+        self.vocab = {chr(i): i for i in range(64)}
+        super().__init__(**kwargs)
+
+    vocab_size = property(lambda self: 64)
+    get_vocab = lambda self: self.vocab
+    _tokenize = lambda self, text, **kwargs: list(text)
+    _convert_token_to_id = lambda self, token: self.vocab.get(token, 0)
+    _convert_id_to_token = lambda self, index: chr(index)
+
+
+def test_slow_tokenizers_and_those_without_bos():
+    for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
+        layout = uip.Layout.build(SPEC, tokenizer)
+        assert layout.bos == bos and layout.encode("9 9") == (32, 57, 32, 57)
+        lm, texts = tiny_lm("llama"), [{"title": ["9", "12"]}]       # of the longer name, behind which all evidence stands
+        batch = uip.collate([uip.pack(texts[0], layout)], layout, uip.prefix(lm, layout))
+        theta = torch.zeros(1, 2, 1, 32)
+        assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(uip.naive(lm, layout, texts, theta)), rel=1e-5)
+    with pytest.raises(Fault, match="neither a BOS nor an EOS") as fault:
+        uip.Layout.build(SPEC, Letters())
+    assert fault.value.code == 4
+
+
+def test_out_of_memory_halves_the_budget_and_changes_no_result(monkeypatch, capsys):
+    lm, layout, *_ = case(m=1)
+    _, texts = shop(40)
+    rows = [uip.pack(text, layout) for text in texts]
+    want = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=64)
+    honest, most = uip.nll, [0]
+
+    def short(lm, batch, theta):
+        columns = len(batch.ids) * (batch.ids.shape[1] - 2)              # without the slots of θ
+        if columns > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        most[0] = max(most[0], columns)
+        return honest(lm, batch, theta)
+    monkeypatch.setattr(uip, "nll", short)
+    found = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=700)
+    assert 50 < most[0] <= 100 and "going on with 350 tokens" in capsys.readouterr().err
+    assert torch.equal(found.ids, want.ids) and torch.allclose(found.theta, want.theta, atol=1e-5)
+    monkeypatch.setattr(uip, "nll", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        uip.fit(lm, layout, rows, [4, 3], log=lambda line: None)
+
+
+def test_damaged_shards_are_computed_again(tiny, planted_folder, tmp_path, capsys, monkeypatch):
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
+    shards, honest = {}, uip.publish
+    monkeypatch.setattr(uip, "save_profiles", lambda folder, *args: shards.update(
+        {path.name: path.read_bytes() for path in folder.glob("shard_*")}))
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    monkeypatch.undo()
+    for n, (name, content) in enumerate(sorted(shards.items())):
+        bad = bytearray(content)
+        bad[n * len(bad) // 9] ^= 4
+        path = tmp_path / "out" / name
+        path.write_bytes([bad, content[:len(content) // 2], b"", content[:-32] + hashlib.sha256(b"").digest()][n % 4])
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
+    assert capsys.readouterr().err.count("computed again") == len(shards) == 8
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_the_naive_way_has_the_same_value_and_gradient():
@@ -842,8 +977,8 @@ def ctr_xor(n, seed):
 
 
 def ctr_bytes(path):
-    """The results of a folder without what the clock decides."""
-    return {p.name: re.sub(r'"seconds": .*', "", p.read_text()) for p in sorted(path.glob("*.json"))}
+    """The results of a folder without the facts of the run that made them."""
+    return {p.name: {**json.loads(p.read_text()), "run": None} for p in ctr.results(path)}
 
 
 def ctr_fault(code, *argv):
@@ -851,6 +986,17 @@ def ctr_fault(code, *argv):
         ctr.main([str(arg) for arg in argv])
     assert fault.value.code == code
     return str(fault.value)
+
+
+def outcome(folder):
+    """All files below a folder, the facts of the run apart ("run" in JSON): what a run has to give again, bit for bit."""
+    def content(path):
+        if path.suffix == ".json":
+            found = json.loads(path.read_text())
+            sealed = found.get("sha256", {}) if "models" in found else {}      # of ctr.py's results, which hold run facts
+            return json.dumps({**found, "run": None, **({"sha256": sorted(sealed)} if sealed else {})})
+        return path.read_bytes()
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # models
@@ -1114,12 +1260,16 @@ def test_ctr_run_and_table_end_to_end(tmp_path, monkeypatch, capsys):
     (out / "deepfm_userip_1.json").unlink()
     ctr.main(argv)                                               # only the missing one is trained, to the same bytes
     assert len(trained) == 19 and ctr_bytes(out) == first
-    ctr_bank(tmp_path / "bank", range(39))
-    ctr.main(argv)                                               # another bank: what used it runs again
-    assert len(trained) == 25
+    about = json.loads((out / "meta.json").read_text())
+    assert set(about["sha256"]) == set(first) and about["run"]["versions"]["torch"] == torch.__version__
+    ctr_bank(tmp_path / "bank", range(39))                       # another bank, other data or code: nothing is mixed
+    assert "deepfm_userip_0.json" in ctr_fault(2, *argv) and "bank.users: 40 → 39" in ctr_fault(2, *argv)
     ctr_data(tmp_path / "data", seed=1)
-    ctr.main(argv)                                               # other data: everything
-    assert len(trained) == 43
+    assert "data_sha256: " in ctr_fault(2, *argv) and "--restart" in ctr_fault(2, *argv)
+    assert "config.lr: 0.01 → 0.02;" in ctr_fault(2, *argv, "--lr", "0.02")
+    assert len(trained) == 19 and ctr_bytes(out) == first
+    ctr.main([*argv, "--restart"])
+    assert len(trained) == 37
 
     (out / "score.json").write_text('{"F": [1.0], "lm": "scored"}')
     (out / "seconds.json").write_text('{"ctr": 3}')
@@ -1241,6 +1391,20 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     assert "em.json" in ctr_fault(4, "benches", tmp_path)
 
 
+def test_ctr_faults_are_two_tables(tmp_path):
+    one = {"trials": 10, "resumed": 9, "lost": 1, "why": ["x"]}
+    (tmp_path / "faults.json").write_text(json.dumps({"SIGKILL": {"fit": one, "bank": one}, "disk full": {"fit": one}}))
+    fuzzed = {"a loader": {"cases": 2000, "values": 5, "faults": 1995, "other": 0}}
+    (tmp_path / "fuzz_core.json").write_text(json.dumps(fuzzed))
+    ctr.main(["faults", str(tmp_path), "--out", str(tmp_path / "table.md")])
+    text = (tmp_path / "table.md").read_text()
+    for line in ("| command | SIGKILL | disk full |", "| fit | 10 / 9 / 1 | 10 / 9 / 1 |", "| bank | 10 / 9 / 1 |  |",
+                 "| all | 20 / 18 / 2 | 10 / 9 / 1 |", "| a loader | 2,000 | 5 | 1,995 | 0 |"):
+        assert line in text, text
+    (tmp_path / "faults.json").write_text('{"SIGKILL": {"fit": 3}}')
+    assert "no figures" in ctr_fault(4, "faults", tmp_path)
+
+
 def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
     auc = {"deepfm": {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}}
     score = {"hobby": {"own": 0.9, "other": 0.01}}
@@ -1310,9 +1474,9 @@ def test_data_cli_same_seed_same_bytes_and_truth_apart(tmp_path, capsys):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         data.main(["planted", "--out", str(tmp_path / name), "--users", "40", "--seed", seed])
     stats = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for file in ("interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"):
-        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
-        assert a == b != c
+    a, b, c = (outcome(tmp_path / name) for name in "abc")
+    assert set(a) == {"interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"}
+    assert a == b and all(a[file] != c[file] for file in a)
     out, meta = tmp_path / "c", json.loads((tmp_path / "c/meta.json").read_text())
     arrays, truth = np.load(out / "interactions.npz"), np.load(out / "truth.npz")
     lines = [json.loads(line) for line in (out / "evidence.jsonl").read_text().splitlines()]
@@ -2195,20 +2359,646 @@ def test_other_settings_over_half_a_run_are_refused(tiny, planted_folder, tmp_pa
     assert (out / "profiles.npz").exists()
 
 
+def test_half_a_run_is_not_gone_on_with_what_has_changed(tiny, planted_folder, tmp_path, monkeypatch):
+    """Other evidence (meta.json untouched), tokenizer, weights, settings or code: each refused by name, nothing mixed."""
+    lm, shop = shutil.copytree(tiny, tmp_path / "lm"), shutil.copytree(planted_folder, tmp_path / "data")
+    out = tmp_path / "out"
+    honest, calls = uip.e_step, []
+    monkeypatch.setattr(uip, "e_step", lambda *args, **kwargs: calls.append(1) or (
+        honest(*args, **kwargs) if len(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        uip.main(fit_args(shop, lm, out))
+    monkeypatch.undo()
+    shards = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sum(name.startswith("shard_") for name in shards) == 2
+    evidence, weights = shop / "evidence.jsonl", lm / "model.safetensors"
+    for path, change, says in ((evidence, lambda old: old.replace(b"u0", b"v0", 1), "data: "),
+                               (lm / "tokenizer_config.json", lambda old: old + b"\n", "lm: "),
+                               (weights, lambda old: old[:-1] + bytes([old[-1] ^ 1]), "lm: ")):
+        old = path.read_bytes()
+        path.write_bytes(change(old))
+        code, message = code_of(uip, fit_args(shop, lm, out))
+        assert code == 2 and says in message and "--restart" in message, (path, message)
+        path.write_bytes(old)
+    assert "lr: " in code_of(uip, fit_args(shop, lm, out, "--lr", "0.5"))[1]
+    monkeypatch.setattr(uip, "code", lambda: "another version")
+    assert "code: " in code_of(uip, fit_args(shop, lm, out))[1]
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == shards
+    uip.main(fit_args(shop, lm, out))
+    assert (out / "profiles.npz").exists()
+
+
+# A process that has imported everything forks one child a trial: a kill hits the work, not the start of Python.
+
+CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir")
+
+
+def arm(at, strike, names=CHANGES):
+    """strike() before the at-th change to the disk; → the list whose length is the number of changes so far."""
+    count = []
+
+    def watched(honest, *args, **kwargs):
+        count.append(1)
+        if len(count) == at:
+            strike()
+        return honest(*args, **kwargs)
+    for name in names:
+        setattr(os, name, partial(watched, getattr(os, name)))
+    return count
+
+
+def full():
+    raise OSError(28, "No space left on device")
+
+
+def child(call, said, prepare=lambda: None):
+    """Forks; call() runs as a command does, and what it says goes to the file `said`. → pid."""
+    sys.stdout.flush()
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(tell), os.read(ready, 1), os.close(ready)
+        return pid
+    code = 99                                                        # a traceback
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(120)                                            # a hang is a loss
+        null, log = os.open(os.devnull, os.O_WRONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(null, 1), os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+        count = prepare()
+        os.write(tell, b"!")
+        call()
+        code = 0
+        if count is not None:
+            Path(said).write_text(str(len(count)))
+    except (uip.Fault, data.Fault, ctr.Fault) as fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(fault, file=sys.stderr)
+        code = fault.code
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def strike_at_random(call, out, whole, fault, draw, seconds, changes, begin, still=lambda: None):
+    """Trials of one command and one fault, until ten did strike → counts. `still` must hold right after the fault."""
+    found, said = {"trials": 0, "resumed": 0, "lost": 0, "why": []}, out.with_name("said")
+    sizes = [len(content) for content in whole.values()]
+    while found["trials"] < 10:
+        shutil.rmtree(out, ignore_errors=True)
+        begin()
+        at, limit = draw.randrange(1, changes + 1), draw.randrange(1, max(sizes))
+        if fault == "disk full":
+            pid = child(call, said, (lambda: arm(at, full, ("fsync", "mkdir")) and None) if draw.random() < 0.5 else
+                        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+        elif draw.random() < 0.5:
+            pid = child(call, said, lambda: arm(at, lambda: os.kill(os.getpid(), getattr(signal, fault))) and None)
+        else:
+            pid = child(call, said)
+            time.sleep(draw.uniform(0, seconds))
+            os.kill(pid, getattr(signal, fault))
+        code, words = ended(pid), said.read_text()
+        if code == 0:                                                # it was too late to strike
+            continue
+        found["trials"] += 1
+        try:
+            expected = {"SIGKILL": (-9,), "SIGTERM": (-15,), "SIGINT": (130, -2), "disk full": (2, 3)}
+            assert code in expected[fault], (code, words)
+            still()
+            assert ended(child(call, said)) == 0, said.read_text()
+            got = outcome(out)
+            assert got == whole, [name for name in {*got, *whole} if got.get(name) != whole.get(name)]
+            found["resumed"] += 1
+        except (AssertionError, *(module.Fault for module in (uip, data, ctr))) as why:
+            found["lost"] += 1
+            found["why"].append(f"{fault} before change {at} of {changes}, or at limit {limit}: {why}")
+    return found
+
+
+def serve(port_file):
+    """A server in a process of its own that dribbles BODY, Range honoured. → (pid, url)"""
+    class Handler(BaseHTTPRequestHandler):
+        log_message = lambda *_: None
+
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.send_response(416 if start >= len(BODY) else 206 if start else 200)
+            if start >= len(BODY):
+                self.send_header("Content-Range", f"bytes */{len(BODY)}")
+                return self.end_headers()
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+            self.send_header("Content-Length", str(len(BODY) - start))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for at in range(start, len(BODY), 4096):
+                    self.wfile.write(BODY[at:at + 4096])
+                    time.sleep(0.005)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pid = os.fork()
+    if not pid:
+        httpd.serve_forever()
+    return pid, f"http://127.0.0.1:{httpd.server_port}"
+
+
+class Script:
+    """reproduce.sh with a python that asks this process to fork: all it does is real but the start of Python."""
+
+    def __init__(self, folder, lm_folder):
+        self.home, self.said, self.pids = folder / "kit", folder / "said", []
+        (self.home / ".venv" / "bin").mkdir(parents=True)
+        for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
+            shutil.copy(HERE / name, self.home)
+        self.door = socket.socket(socket.AF_UNIX)
+        self.door.bind(str(folder / "door"))
+        self.door.listen()
+        self.door.settimeout(0.02)
+        python = self.home / ".venv" / "bin" / "python"
+        python.write_text(f"""#!{sys.executable} -SE
+import json, os, socket, sys
+if not sys.argv[1].endswith(".py"): sys.exit()
+door = socket.socket(socket.AF_UNIX)
+door.connect({str(folder / "door")!r})
+socket.send_fds(door, [json.dumps([sys.argv[1:], os.getpgrp()]).encode()], [1, 2])
+sys.exit(int(door.recv(9) or 137))
+""")
+        python.chmod(0o755)
+        self.env = {**os.environ, "VENV": ".venv", "LM": str(lm_folder), "USERS": "30", "SEEDS": "1", "MODELS": "lr",
+                    "DTYPE": "float32", "DEVICE": "cpu"}
+
+    def clean(self):
+        for name in ("runs", "results"):
+            shutil.rmtree(self.home / name, ignore_errors=True)
+
+    def outcome(self):
+        """What the run left, but for logs, seconds and stamps."""
+        found = {**outcome(self.home / "results"), **outcome(self.home / "runs")}
+        found["demo/summary.json"] = {**json.loads(found["demo/summary.json"]), "seconds": None}
+        facts = (".log", "seconds", "seconds.json", ".exit")
+        return {name: value for name, value in found.items() if not name.endswith(facts)}
+
+    def fork(self):
+        """One call of python: a child in the stage's process group, which sends its exit code."""
+        line, _ = self.door.accept()
+        words, fds, *_ = socket.recv_fds(line, 65536, 2)
+        argv, group = json.loads(words)
+
+        def call():
+            os.setpgid(0, group)
+            os.dup2(fds[0], 1), os.dup2(fds[1], 2)
+            os.chdir(self.home)
+            try:
+                {"uip.py": uip, "data.py": data, "codebook.py": codebook, "ctr.py": ctr}[argv[0]].main(argv[1:])
+                line.send(b"0")
+            except (uip.Fault, data.Fault, ctr.Fault) as fault:
+                line.send(str(fault.code).encode())
+                raise
+        self.pids.append(child(call, self.said.with_name("unused")))
+        line.close()
+        for fd in fds:
+            os.close(fd)
+        return group
+
+    def run(self, number=None, seconds=math.inf):
+        """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code"""
+        with open(self.said, "w") as said:
+            run = subprocess.Popen(["bash", "reproduce.sh", "table"], cwd=self.home, env=self.env, stdout=said, stderr=said)
+        end, groups = time.time() + seconds, set()
+        while run.poll() is None:
+            if time.time() > end:
+                end = math.inf
+                run.send_signal(number)
+                for group in groups if number == signal.SIGKILL else ():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(group, number)
+            with contextlib.suppress(TimeoutError):
+                groups.add(self.fork())
+            self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]     # the zombies' end
+        return run.returncode
+
+
+def drive(folder, lm_folder, data_folder):
+    """All trials → folder/faults.json. A process of its own, with one thread."""
+    folder, inputs, out = Path(folder), Path(folder) / "in", Path(folder) / "work" / "out"
+    out.parent.mkdir()
+    for module in (uip, codebook, data, ctr):                        # tqdm's own lock is shared with forked processes: one
+        module.Progress.set_lock(threading.RLock())                  # killed while it holds it would stop all others
+    loaded = uip.load_lm(lm_folder, "float32", "cpu")
+    uip.load_lm = lambda *args: loaded
+    quick = ["--seeds", "2", "--epochs", "4", "--device", "cpu"]
+    fit = lambda where, *more: uip.main(fit_args(data_folder, lm_folder, where, "--shard", "4", *more))
+    shop, profiles, bank = (inputs / name for name in ("shop", "profiles", "bank"))
+    pid, url = serve(folder)
+    os.environ["UIP_MIRROR"], data.PAUSE = url, 0.01
+
+    def fetch():
+        try:
+            data.download("https://host.invalid/f.bin", out / "f.bin", SHA)
+        except OSError as error:                                     # as data.main does
+            raise data.Fault(3, str(error)) from None
+
+    def old_bank():
+        make_bank(out, 2000)
+
+    def some_bank():
+        assert len(Bank.open(out).keys) in (30, 2000)
+
+    for step in (lambda: fit(profiles), lambda: ctr_data(shop, users=20),
+                 lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(bank)])):
+        assert ended(child(step, folder / "said")) == 0, (folder / "said").read_text()
+    commands = {
+        "data.py, a download": (fetch, {}),
+        "data.py planted": (lambda: data.main(["planted", "--out", str(out), "--users", "60"]), {}),
+        "uip.py fit": (lambda: fit(out), {}),
+        "uip.py infer": (lambda: uip.main(["infer", "--profiles", str(profiles),
+                                           *fit_args(data_folder, lm_folder, out)[1:-2]]), {}),
+        "codebook.py bank": (lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(out)]),
+                             {"begin": old_bank, "still": some_bank}),
+        "ctr.py run": (lambda: ctr.main(["run", "--data", str(shop), "--models", "lr,deepfm", "--features",
+                                         "none,random,stats", "--out", str(out), *quick]), {})}
+    results = {}
+    for name, (call, how) in commands.items():
+        began = time.time()
+        how = {"begin": lambda: None, **how}
+        how["begin"]()
+        assert ended(child(call, folder / "said", lambda: arm(0, full))) == 0, (folder / "said").read_text()
+        seconds, changes, whole = time.time() - began, int((folder / "said").read_text()), outcome(out)
+        for fault in ("SIGKILL", "SIGTERM", "SIGINT", "disk full"):
+            results.setdefault(fault, {})[name] = strike_at_random(
+                call, out, whole, fault, random.Random(f"{name} {fault}"), seconds, changes, **how)
+        print(name, round(time.time() - began, 1), flush=True)
+        shutil.rmtree(out)
+    os.kill(pid, signal.SIGKILL)
+    script = Script(folder, lm_folder)
+    began = time.time()
+    assert script.run() == 0, script.said.read_text()
+    seconds, whole = time.time() - began, script.outcome()
+    for fault in ("SIGKILL", "SIGTERM", "SIGINT"):
+        draw, found = random.Random(fault), {"trials": 0, "resumed": 0, "lost": 0, "why": []}
+        while found["trials"] < 10:
+            script.clean()
+            code = script.run(getattr(signal, fault), draw.uniform(0, seconds))
+            if code:
+                found["trials"] += 1
+                codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2)}     # negative: before its traps
+                good = code in codes[fault] and script.run() == 0
+                found["resumed" if good and script.outcome() == whole else "lost"] += 1
+                found["why"] += [] if found["lost"] == 0 else [script.said.read_text()[-500:]]
+        results[fault]["reproduce.sh"] = found
+    print("reproduce.sh", round(time.time() - began, 1), flush=True)
+    codebook.write_text(folder / "faults.json", codebook.as_json(results))
+
+
 @pytest.mark.slow
-def test_killed_fit_resumes_to_the_same_bytes(tiny, planted_folder, tmp_path):
-    """SIGKILL once a given number of shards is on the disk, some in round 0, some in round 1; then to the end."""
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
-    for shards in (1, 3, 5, 7):
-        out = tmp_path / f"killed{shards}"
-        command = [sys.executable, "uip.py", *fit_args(planted_folder, tiny, out)]
-        run = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and len(list(out.glob("shard_*.pt"))) < shards:
-            time.sleep(0.001)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        uip.main(command[2:])
-        assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+def test_faults_at_random_moments_lose_nothing(tiny, planted_folder, tmp_path):
+    """Each command, struck ten times by each fault, some between two changes to the disk, some by the clock."""
+    run = subprocess.run([sys.executable, "-c", f"import test_uip; test_uip.drive({str(tmp_path)!r}, {str(tiny)!r}, "
+                          f"{str(planted_folder)!r})"], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                         stdout=subprocess.PIPE, text=True)
+    print(run.stdout)
+    assert run.returncode == 0
+    results = json.loads((tmp_path / "faults.json").read_text())
+    for fault, commands in results.items():
+        for command, found in commands.items():
+            assert found["trials"] >= 10 and found["lost"] == 0, (fault, command, found)
+    if os.environ.get("UIP_FAULTS"):
+        shutil.copy(tmp_path / "faults.json", os.environ["UIP_FAULTS"])
+
+
+@pytest.mark.parametrize("module", [uip, codebook, data, ctr])
+def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(module, tmp_path):
+    path = tmp_path / "out" / ".lock"
+    program = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path;"
+    with module.alone(path):
+        with pytest.raises(module.Fault, match=f"process {os.getpid()} on .* since 20") as fault:
+            with module.alone(path):
+                pass
+        assert fault.value.code == 2
+    assert not path.exists()                                         # nothing stays behind
+    program += f"import {module.__name__} as m\nwith m.alone(Path({str(path)!r})): print(1, flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(module.Fault, match=f"process {other.pid} "):
+        with module.alone(path):
+            pass
+    other.kill()
+    other.wait()
+    with module.alone(path):
+        assert f"process {os.getpid()} " in path.read_text()
+    other.stdout.close()
+
+
+def test_every_command_that_writes_a_folder_takes_its_lock(tiny, planted_folder, tmp_path):
+    """Held by another: exit 2, and not a byte is written."""
+    profiles, shop = tiny_folders(tmp_path)
+    bank, runs = ctr_bank(tmp_path / "other"), ctr_data(tmp_path / "rows")
+    out = tmp_path / "out"
+    for module, argv, lock in (
+            (uip, fit_args(planted_folder, tiny, out), out / ".lock"),
+            (data, ["planted", "--out", str(out)], out / ".lock"),
+            (data, ["lm", "--out", str(out)], tmp_path / "out.lock"),
+            (codebook, ["bank", "--profiles", str(profiles), "--out", str(out)], tmp_path / "out.lock"),
+            (ctr, ["run", "--data", str(runs), "--bank", str(bank), "--models", "lr", "--out", str(out)], out / ".lock")):
+        with codebook.alone(lock):
+            code, message = code_of(module, argv)
+            assert code == 2 and f"process {os.getpid()} on" in message, argv
+            assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
+
+
+def test_readers_see_the_old_bank_or_the_new_one(tmp_path, monkeypatch):
+    """A look at every step of a replacement: never a mix, never nothing; and a build killed at any step loses no bank."""
+    bank, users, codes = make_bank(tmp_path / "bank")
+    names, seen = [f"user{i}" for i in range(3000)], []
+
+    def look():
+        found = Bank.open(tmp_path / "bank")
+        assert len(found.keys) in (2000, 3000) and (found.meta["lm"] == "new") == (len(found.keys) == 3000)
+        about = ctr.read_bank(tmp_path / "bank", np.array(users)).about
+        assert about["users"] == len(found.keys)
+        return len(found.keys)
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(1, 100):
+        left = [step]
+
+        def watched(honest, *args, **kwargs):
+            seen.append(look())
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            return honest(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", partial(watched, os.replace))
+            patch.setattr(os, "rename", partial(watched, os.rename))
+            patch.setattr(os, "fsync", partial(watched, os.fsync))
+            patch.setattr(os, "unlink", partial(watched, os.unlink))
+            try:
+                Bank.build(tmp_path / "bank", names, np.ones((3000, 2), int), {"names": ["a", "b"], "lm": "new"})
+                break
+            except Killed:
+                look()
+        make_bank(tmp_path / "bank")
+        assert look() == 2000
+    assert set(seen) == {2000, 3000} and step > 6 and look() == 3000
+    assert bank.lookup(users[:9]).tolist() == codes[:9].tolist()        # the one that was open all along
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_every_folder_says_what_made_it_and_verify_finds_what_changed(tiny, planted_folder, tmp_path):
+    out = {name: tmp_path / name for name in ("data", "profiles", "bank", "results")}
+    shutil.copytree(planted_folder, out["data"])
+    uip.main(fit_args(out["data"], tiny, out["profiles"]))
+    codebook.main(["bank", "--profiles", str(out["profiles"]), "--out", str(out["bank"])])
+    ctr.main(["run", "--data", str(out["data"]), "--bank", str(out["bank"]), "--models", "lr", "--features", "none,userip",
+              "--seeds", "1", "--out", str(out["results"])])
+    for name, folder in out.items():
+        meta = json.loads((folder / "meta.json").read_text())
+        assert set(meta["run"]) >= {"command", "seconds", "started", "peak_mb", "machine", "versions"}, name
+        assert set(meta["run"]["versions"]) >= {"python", "numpy", *(("torch", "transformers") if name != "data" else ())}
+        assert meta["run"]["peak_mb"] > 0 and meta["run"]["machine"]["processor"] and len(meta["code_sha256"]) == 64
+        assert set(meta) >= {"settings", "lm", "data_sha256"} or "config" in meta
+        codebook.main(["verify", str(folder)])
+    assert not any((folder / ".lock").exists() for folder in out.values())
+    codebook.main(["verify", *map(str, out.values())])
+    own = ("meta.json", "settings.json")
+    for path in [path for folder in out.values() for path in folder.iterdir() if path.name not in own]:
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        code, message = code_of(codebook, ["verify", str(path.parent)])
+        assert code == 4 and str(path) in message
+        path.unlink()
+        assert code_of(codebook, ["verify", str(path.parent)])[0] == 4
+        path.write_bytes(good)
+    (out["bank"] / "meta.json").write_text((out["bank"] / "meta.json").read_text().replace("hobby", "hubby"))
+    assert code_of(codebook, ["verify", str(out["bank"])])[0] == 4
+    (out["data"] / "meta.json").write_text('{"sha256": {"../profiles/profiles.npz": "0"}}')
+    assert code_of(codebook, ["verify", str(out["data"])])[0] == 4
+
+
+# ------------------------------------------------------------------------------------------------ hostile files
+
+NASTY = [None, True, -1, 0, 10**12, -10**30, 1e308, math.nan, math.inf, "", "x", "\0", "\ud800", "nan", "x" * 5000, [], {}, [[]],
+         {"": {}}, [None], ["a"] * 50, json.loads("[" * 300 + "]" * 300), 3.5, "../../etc/passwd"]
+
+
+def spoil_bytes(draw, content):
+    """Cut, flipped, doubled, overwritten, or stuffed with what is no UTF-8."""
+    bad, at = bytearray(content), draw.randrange(len(content))
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        kind, at = draw.randrange(6), min(at, len(bad))
+        if kind == 0:
+            del bad[at:]
+        elif kind == 1 and at < len(bad):
+            bad[at] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            bad[at:at] = bad[at:at + draw.randrange(1, 99)]
+        elif kind == 3:
+            bad[at:at + draw.randrange(1, 9)] = draw.randbytes(draw.randrange(1, 9))
+        elif kind == 4:
+            bad[at:at] = draw.choice([b"\xff\xfe", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\n" * 9, b"\0"])
+        else:
+            del bad[at:at + draw.randrange(1, 99)]
+        at = draw.randrange(len(bad) + 1)
+    return bytes(bad)
+
+
+def spoil_value(draw, value):
+    """A JSON value with one place in it, at any depth, exchanged or gone."""
+    if not isinstance(value, (dict, list)) or not value or draw.random() < 0.1:
+        return draw.choice(NASTY)
+    copy = value.copy()
+    key = draw.choice([*copy] if isinstance(copy, dict) else range(len(copy)))
+    if draw.random() < 0.2:
+        del copy[key]
+    else:
+        copy[key] = spoil_value(draw, copy[key])
+    return copy
+
+
+def spoil_array(draw, array):
+    """Another type, shape, length or value."""
+    nasty = [math.nan, math.inf, -1, 2**31, -1e300, 0]
+    with np.errstate(all="ignore"):
+        return [lambda: array.astype(draw.choice(["f2", "f8", "i1", "i8", "u2", "U5", "S3", "?", "c16", ">f4", "M8[s]"])),
+                lambda: array[None], lambda: array.flatten(), lambda: array[:0], lambda: array[:-1], lambda: np.array(3),
+                lambda: np.concatenate([array, array]), lambda: array[::-1], lambda: np.array([{}], object),
+                lambda: np.where(np.arange(array.size).reshape(array.shape) == draw.randrange(max(1, array.size)),
+                                 draw.choice(nasty), array) if array.dtype.kind in "iuf" else array.astype("U1"),
+                lambda: np.zeros(0, [("a", "i4")]), lambda: np.zeros((3, 0))][draw.randrange(12)]()
+
+
+@lru_cache
+def bomb(name):
+    """300 MB of zeros in 300 KB of .npz."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        with packed.open(name + ".npy", "w") as member:
+            for _ in range(300):
+                member.write(bytes(2**20))
+    return file.getvalue()
+
+
+def spoil_npz(draw, arrays):
+    """The bytes of an .npz with an array exchanged, missing or lying about its size; a zip bomb now and then.
+
+    arrays: ({name: array}, the bytes of their .npz).
+    """
+    arrays, content, name, kind, file = arrays[0].copy(), arrays[1], draw.choice([*arrays[0]]), draw.random(), io.BytesIO()
+    if kind < 0.6:
+        with contextlib.suppress(ValueError, TypeError):
+            arrays[name] = spoil_array(draw, arrays[name])
+        if kind > 0.5:
+            del arrays[name]
+        np.savez(file, **arrays)
+        content = file.getvalue()
+    elif kind > 0.995:
+        content = bomb(name)
+    elif kind > 0.9:                                                    # a header that promises more than there is
+        content = content.replace(b"'shape': (", b"'shape': (" + draw.choice([b"99999999999,", b"-7,", b"(", b"1e9,"]), 1)
+        content = content.replace(b"'<f4'", draw.choice([b"'<U0'", b"'|O' ", b"'<f9'"]), 1)
+    else:
+        content = spoil_bytes(draw, content)
+    return content
+
+
+def test_fuzz_every_loader_ends_in_a_value_or_a_fault(tiny, planted_folder, tmp_path, monkeypatch):
+    """Seeded; at least 2,000 cases each, of bytes and of well-formed files with wrong contents, checksums made to fit."""
+    made, cases = {name: tmp_path / name for name in ("data", "evidence", "json", "npz", "profiles", "bank", "runs")}, 2000
+    for folder in made.values():
+        folder.mkdir()
+    shop = ctr_data(tmp_path / "shop", users=6, rows=20)
+    opened = lambda path: (dict(np.load(path)), path.read_bytes())
+    rows, meta = opened(shop / "interactions.npz"), json.loads((shop / "meta.json").read_text())
+    bank, *_ = make_bank(tmp_path / "good", 50)
+    kept = {name: (bank.folder / name).read_bytes() for name in (*Bank.FILES, "meta.json")}
+    bank_meta, bank_arrays = json.loads(kept["meta.json"]), {"keys": bank.keys, "codes": bank.codes}
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit"))
+    found = np.load(tmp_path / "fit/profiles.npz")
+    np.savez(tmp_path / "slim.npz", **{key: found[key] for key in found if key not in ("theta", "nll", "empty")})
+    found, like = opened(tmp_path / "slim.npz"), torch.zeros(4, 2, 1, 16)
+    lines = (planted_folder / "evidence.jsonl").read_bytes()[:3000]
+    shutil.copy(planted_folder / "meta.json", made["evidence"])
+    shutil.copy(tmp_path / "fit" / "meta.json", made["profiles"])
+    layout = uip.Layout.build(SPEC, Words(), m=1)
+    uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
+    shard = (tmp_path / "shard.pt").read_bytes()[:-32]
+    result = {"dataset": "d", "model": "lr", "features": "none", "seed": 0, "auc": 0.5, "gauc": None, "logloss": 0.7,
+              "config": {"lr": 0.1}, "data_sha256": "0", "rows": {"train": 5}, "lm": {"name": "x"}}
+    text = lambda value: json.dumps(value).encode()
+    seal = lambda content: hashlib.sha256(content).hexdigest()
+
+    def evidence(draw):
+        content = spoil_bytes(draw, lines)
+        if draw.random() < 0.5:
+            content = lines.splitlines(True)[0] + text(spoil_value(draw, json.loads(lines.splitlines()[1]))) + b"\n"
+        (made["evidence"] / "evidence.jsonl").write_bytes(content)
+        for one in uip.read_evidence(made["evidence"])[1]:
+            json.dumps(one, ensure_ascii=False).encode()
+
+    def plain_json(draw):
+        content = spoil_bytes(draw, text(meta)) if draw.random() < 0.5 else text(spoil_value(draw, meta))
+        (made["json"] / "a.json").write_bytes(content)
+        codebook.write_text(made["json"] / "b.json", codebook.as_json(codebook.read_json(made["json"] / "a.json", "name")))
+
+    def npz(draw):
+        (made["npz"] / "a.npz").write_bytes(spoil_npz(draw, rows))
+        assert all(array.nbytes < 2**29 for array in codebook.read_npz(made["npz"] / "a.npz", "users").values())
+
+    def profiles(draw, book=False):
+        (made["profiles"] / "profiles.npz").write_bytes(spoil_npz(draw, found))
+        if book:
+            uip.load_book(made["profiles"], layout, 16)
+        else:
+            read = codebook.read_profiles(made["profiles"])
+            codebook.match(read.users, read.users)
+
+    def whole_bank(draw, reader=lambda: Bank.open(made["bank"]).lookup(["user1", "nobody"])):
+        files, about = dict(kept), dict(bank_meta)
+        if draw.random() < 0.3:
+            name = draw.choice([*files])
+            files[name] = spoil_bytes(draw, files[name])
+        else:
+            if draw.random() < 0.5:
+                about = spoil_value(draw, about)
+            else:
+                name = draw.choice([*bank_arrays])
+                with contextlib.suppress(ValueError, TypeError):
+                    file = io.BytesIO()
+                    np.save(file, spoil_array(draw, bank_arrays[name]))
+                    files[name + ".npy"] = file.getvalue()
+            if isinstance(about, dict):
+                for key in ("sha256", "sample"):
+                    if isinstance(about.get(key), dict) and draw.random() < 0.9:
+                        about[key] = {name: seal((str(len(content)).encode() if key == "sample" else b"") + content)
+                                      for name, content in files.items() if name in Bank.FILES}
+                about["seal"] = codebook.seal(about)
+            files["meta.json"] = text(about)
+        for name, content in files.items():
+            (made["bank"] / name).write_bytes(content)
+        reader()
+
+    def damaged_shard(draw):
+        content = spoil_bytes(draw, shard)
+        (tmp_path / "shard.pt").write_bytes(content + (hashlib.sha256(content).digest() if draw.random() < 0.8 else b""))
+        theta, value = uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
+        assert theta.shape == like.shape and theta.isfinite().all() and value.shape == (4,)
+
+    def click_rows(draw):
+        content, about = spoil_npz(draw, rows), meta
+        if draw.random() < 0.4:
+            content, about = rows[1], spoil_value(draw, meta)
+        if isinstance(about, dict) and isinstance(about.get("sha256"), dict) and draw.random() < 0.9:
+            about = {**about, "sha256": {"interactions.npz": seal(content)}}
+        (made["data"] / "interactions.npz").write_bytes(content)
+        (made["data"] / "meta.json").write_bytes(text(about) if draw.random() < 0.9 else spoil_bytes(draw, text(about)))
+        read = ctr.read_data(made["data"])
+        with np.errstate(all="ignore"):
+            ctr.statistics(read)
+
+    def results(draw):
+        content = spoil_bytes(draw, text(result)) if draw.random() < 0.3 else text(spoil_value(draw, result))
+        (made["runs"] / "lr_none_0.json").write_bytes(content)
+        ctr.render(ctr.read_runs(made["runs"])).encode()
+
+    loaders = {"uip: evidence.jsonl": evidence, "uip: shard of θ": damaged_shard, "uip: codebook of profiles.npz": partial(
+        profiles, book=True), "codebook: profiles.npz": profiles, "codebook: any JSON": plain_json, "codebook: any .npz": npz,
+        "codebook: bank": whole_bank,
+        "ctr: bank": partial(whole_bank, reader=lambda: ctr.look(made["bank"], np.array(["user1"]))),
+        "ctr: interactions.npz": click_rows, "ctr: results": results}
+    monkeypatch.setattr(os, "fsync", lambda handle: None)             # what is written here need not last
+    counts, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, loader in loaders.items():
+            count, draw, other = {"cases": cases, "values": 0, "faults": 0, "other": 0}, random.Random(name), []
+            for case in range(cases):
+                try:
+                    loader(draw)
+                    count["values"] += 1
+                except (codebook.Fault, ctr.Fault):
+                    count["faults"] += 1
+                except Exception as error:
+                    other.append(f"{name}, case {case}: {error!r}")
+            count["other"], counts[name] = len(other), count
+            assert not other, other[:9]
+            assert count["faults"] > cases / 10 < count["values"] or loader is damaged_shard
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) < 2**30
+    if os.environ.get("UIP_FAULTS"):
+        codebook.write_text(Path(os.environ["UIP_FAULTS"]) / "fuzz_core.json", codebook.as_json(counts))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]
@@ -2311,6 +3101,47 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     mended = run("env", LM=str(tiny))                                     # half made by this script: made again
     assert mended.returncode == 0 and "up to date" not in mended.stdout, mended.stderr
     assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, number):
+    """With a python that hangs in the stage `data`: a signal to the script ends both; SIGKILL leaves a lock to take over."""
+    for name in ("data.py", "reproduce.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "lm").mkdir()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\ncase $1 in data.py) echo $$ > pid; sleep 600 & wait ;; esac\n")
+    python.chmod(0o755)
+    command = ["bash", "reproduce.sh", "data"]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": "lm"}, "stderr": subprocess.PIPE,
+                "stdout": subprocess.DEVNULL, "text": True}
+
+    def begun():
+        (tmp_path / "pid").unlink(missing_ok=True)
+        run = subprocess.Popen(command, **settings)
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        return run, int((tmp_path / "pid").read_text())
+
+    run, child = begun()
+    second = subprocess.run(command, **settings)
+    assert second.returncode == 2 and f"process {run.pid} on" in second.stderr, second.stderr
+    run.send_signal(number)
+    assert "The same command goes on" in run.communicate()[1] and run.returncode == 128 + number
+    with contextlib.suppress(OSError):                               # a zombie until somebody asks for it
+        while Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+            time.sleep(0.01)
+    assert not [path for path in tmp_path.glob("runs/**/*") if path.is_symlink()]
+    run, child = begun()
+    run.kill()
+    run.wait()
+    os.killpg(os.getpgid(child), signal.SIGKILL)
+    run, child = begun()                                             # the dead script's lock is no hindrance
+    run.terminate()
+    run.communicate()
+    assert run.returncode == 143
 
 
 def test_modules_stand_alone():

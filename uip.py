@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import resource
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -41,7 +43,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from codebook import Fault, Progress, as_json, assign, kmeans, perplexity, read_json, read_npz, vq, write_text
+from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, need, perplexity, publish, read_json,
+                      read_npz, vq, write_text)
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -285,13 +288,14 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
     """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
 
     rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
-    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass.
+    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass, halved when memory runs out.
     Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
     """
-    theta, best_nll = theta.clone(), torch.empty(len(rows))
-    for users in batches([len(row.ids) for row in rows], budget):
+    start, theta, best_nll, lengths = theta, theta.clone(), torch.empty(len(rows)), [len(row.ids) for row in rows]
+
+    def climb(users: list[int]) -> None:
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
-        x = theta[users].to(lm.device).requires_grad_()
+        x = start[users].to(lm.device).requires_grad_()
         adam, best = torch.optim.Adam([x], lr=lr), torch.full((len(users),), math.inf, device=lm.device)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):
@@ -310,6 +314,18 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
             tick(len(users))
         if not (best.isfinite().all() and x.isfinite().all()):
             raise Fault(4, f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
+
+    todo = batches(lengths, budget)
+    while todo:
+        try:
+            climb(todo[0])
+            todo.pop(0)
+        except torch.OutOfMemoryError:
+            if len(todo[0]) == 1:
+                raise
+            rest, budget = sum(todo, []), max(1, budget // 2)
+            print(f"out of memory: going on with {budget} tokens in one pass", file=sys.stderr)
+            todo = [[rest[i] for i in group] for group in batches([lengths[u] for u in rest], budget)]
     return theta, best_nll
 
 
@@ -404,7 +420,7 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
         if without in ("tuning", "llm"):
             work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update,
                             table=table) for part in parts]
-        theta, value = (torch.cat(x) for x in zip(*shared(files[r], work)))
+        theta, value = (torch.cat(x) for x in zip(*shared(files[r], theta.split(shard), work)))
         if r:
             trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
         if fixed:
@@ -432,12 +448,12 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def shared(files: list[Path | None], work: list) -> list[tuple[Tensor, Tensor]]:
+def shared(files: list[Path | None], like: list[Tensor], work: list) -> list[tuple[Tensor, Tensor]]:
     """Results of all shards: this process's share is computed, the other processes' are read from their files."""
     rank, world = place()
-    own = {n: kept(files[n], work[n]) for n in range(rank, len(files), world)}
+    own = {n: kept(files[n], like[n], work[n]) for n in range(rank, len(files), world)}
     meet()
-    return [own[n] if n in own else kept(files[n], None) for n in range(len(files))]
+    return [own[n] if n in own else kept(files[n], like[n]) for n in range(len(files))]
 
 
 def meet() -> None:
@@ -450,15 +466,34 @@ def meet() -> None:
                            f"goes on from the finished shards ({str(error).splitlines()[0]})") from None
 
 
-def kept(path: Path | None, work) -> tuple[Tensor, Tensor]:
-    """The result of `work`, taken from `path` where an earlier run left it, else left there for the next."""
+def kept(path: Path | None, like: Tensor, work=None) -> tuple[Tensor, Tensor]:
+    """The result of `work`, taken from `path` where an earlier run left it whole, else left there for the next."""
     if path is None:
         return work()
-    if not path.exists():
-        theta, value = work()
-        publish(path, lambda file: torch.save({"theta": theta, "nll": value}, file))
-    saved = torch.load(path, weights_only=True)
-    return saved["theta"], saved["nll"]
+    if path.exists():
+        try:
+            return read_shard(path, like)
+        except Exception as error:                                     # whatever damage makes torch.load raise
+            print(f"{path} is damaged ({error}): computed again", file=sys.stderr)
+    if work is None:
+        raise Fault(4, f"{path}, another process's, is gone or damaged: run the same command again")
+    theta, value = work()
+    content = io.BytesIO()
+    torch.save({"theta": theta, "nll": value}, content)
+    publish(path, lambda file: file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest()))
+    return theta, value
+
+
+def read_shard(path: Path, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(θ in the shape of `like`, nll) of a file: what torch.save wrote, then its sha256. Raises anything if damaged."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError("its checksum is wrong")
+    saved = torch.load(io.BytesIO(content), weights_only=True)
+    theta, value = saved["theta"], saved["nll"]
+    if theta.shape != like.shape or value.shape != like.shape[:1] or not (theta.isfinite().all() and value.isfinite().all()):
+        raise ValueError("it is no shard of this run")
+    return theta.float(), value.float()
 
 
 def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor, ids: Tensor, book: Book,
@@ -565,40 +600,51 @@ def describe(name: str, lm) -> dict:
     source, sha = Path(name) / "source.json", hashlib.sha256()
     known = read_json(source) if source.exists() else {
         "name": Path(name).name if os.path.isdir(name) else name, "revision": getattr(lm.config, "_commit_hash", None)}
-    for file in sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else ():
-        with open(file, "rb") as weights:                              # size, header and first weights tell enough
-            sha.update(str(file.stat().st_size).encode() + weights.read(2**22))
+    files = ("*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model")
+    for file in sorted({file for pattern in files for file in Path(name).glob(pattern)}) if os.path.isdir(name) else ():
+        sha.update(f"{file.name} {digest(file, sample=True)}\n".encode())
     return {**known, "type": lm.config.model_type, "dtype": str(lm.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in lm.parameters()), "fingerprint": sha.hexdigest()[:16]}
-
-
-def publish(path: Path, write) -> None:
-    """A file appears whole or not at all: `write(file)` into .tmp, fsync, rename."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
 
 
 def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
     """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
     meta, users, evidence = read_json(folder / "meta.json", "name", "layout", "sha256"), [], []
-    path = folder / "evidence.jsonl"
+    path, number = folder / "evidence.jsonl", 0
     if not path.exists():
         raise Fault(4, f"{path} does not exist: `python data.py …` makes a data folder")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line.decode())
-                users.append(str(entry["user"]))
-                evidence.append({kind: [str(text) for text in texts] for kind, texts in entry["evidence"].items()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r})") from error
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+                if len(line) > LINE:
+                    raise ValueError(f"longer than {LINE} bytes")
+                user, found = read_line(line)
+                users.append(user)
+                evidence.append(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r:.200})") from None
     if not users:
         raise Fault(4, f"{path} holds no users")
+    if len(set(users)) < len(users):
+        first = {user: n for n, user in reversed([*enumerate(users, 1)])}
+        number = next(n for n, user in enumerate(users, 1) if first[user] < n)
+        raise Fault(4, f"{path}, line {number}: user {users[number - 1]!r} is there twice")
     return users, evidence, meta
+
+
+LINE, ID = 2**24, 256        # most bytes of a line of evidence, most characters of a user id: more is no user's
+
+
+def read_line(line: bytes) -> tuple[str, dict[str, list[str]]]:
+    """One user with evidence; ValueError and its like for anything else. All text in it can be written again."""
+    entry = json.loads(line.decode())
+    user, found = str(entry["user"]), {kind: [*texts] for kind, texts in entry["evidence"].items()}
+    if not 0 < len(user) <= ID or "\0" in user or type(entry["user"]) not in (str, int):
+        raise ValueError(f"the user id is no text of 1 to {ID} characters, or no number")
+    if any(type(texts) is not list or any(type(text) is not str for text in texts) for texts in entry["evidence"].values()):
+        raise ValueError("evidence is {kind: [text, …]}")
+    "".join([user, *found, *(text for texts in found.values() for text in texts)]).encode()      # no lone surrogates
+    return user, found
 
 
 def nearest_tokens(lm, tokenizer, mu: Tensor, m: int, n: int = 8) -> list[list[str]]:
@@ -621,9 +667,11 @@ def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fit
               "names": np.array(layout.profiles), "nll": value.numpy(), "tau": fitted.book.tau2.sqrt().numpy()}
     for p in range(P):
         arrays |= {f"mu_{p}": fitted.book.mu[p].numpy(), f"pi_{p}": fitted.book.pi[p].numpy()}
+    (folder / "meta.json").unlink(missing_ok=True)                     # it vouches for the other file, so it goes last
     publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
     write_text(folder / "meta.json", as_json({
-        **meta, "users": N, "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
+        **meta, "sha256": {"profiles.npz": digest(folder / "profiles.npz")}, "users": N,
+        "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
         "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace}))
     for part in folder.glob("shard_*.pt*"):
         part.unlink()
@@ -633,8 +681,14 @@ def load_book(folder: Path, layout: Layout, width: int) -> Book:
     """The codebook of a profiles folder, refused when it does not fit the profiles or the LLM's width."""
     path = folder / "profiles.npz"
     saved = read_npz(path, "names", "tau", "mu_0", "pi_0")
-    names = tuple(saved["names"].tolist())
-    mu, pi = ([torch.from_numpy(saved[f"{key}_{p}"]) for p in range(len(names))] for key in ("mu", "pi"))
+    names = tuple(saved["names"].flatten().tolist())
+    need(path, saved, [f"{key}_{p}" for key in ("mu", "pi") for p in range(len(names))])
+    mu, pi = ([saved[f"{key}_{p}"] for p in range(len(names))] for key in ("mu", "pi"))
+    if not (names and all(m.ndim == 2 and len(m) and m.dtype == np.float32 and np.isfinite(m).all() for m in mu)
+            and all(x.dtype == np.float32 and x.shape == (len(m),) and np.isfinite(x).all() for x, m in zip(pi, mu))
+            and saved["tau"].dtype == np.float32 and saved["tau"].shape == (len(names),) and (saved["tau"] > 0).all()):
+        raise Fault(4, f"{path}: no codebook of {len(names)} profiles (wrong shapes or types, or not finite)")
+    mu, pi = ([torch.from_numpy(x) for x in arrays] for arrays in (mu, pi))
     book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
     if names != layout.profiles or any(m.shape[1] != width for m in mu):
         raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; these data and this LLM "
@@ -787,17 +841,13 @@ def grow(args, lm, layout: Layout, evidence: list[dict]) -> dict:
 # ----------------------------------------------------------------------------------------------------- CLI
 
 def claim(folder: Path, settings: dict, restart: bool) -> None:
-    """Makes `folder` this run's own: shards of other settings are refused, or dropped with --restart."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Fault(2, f"--out {folder}: {error.strerror}") from None
+    """Makes `folder` this run's own: shards of other settings, data, LLM or code are refused, or dropped with --restart."""
     path, parts = folder / "settings.json", list(folder.glob("shard_*.pt*"))
     if restart:
         for part in parts:
             part.unlink()
-    elif parts and path.exists():
-        old = read_json(path)
+    elif parts:
+        old = read_json(path) if path.exists() else {}
         differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
         if differs:
             what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
@@ -806,14 +856,35 @@ def claim(folder: Path, settings: dict, restart: bool) -> None:
     write_text(path, as_json(settings))
 
 
-def run_em(args) -> None:
+def read_settings(path: Path, made: dict) -> dict:
+    """The settings that a codebook was made with, from its meta.json."""
+    found, counts = made["settings"], {"rounds": 0, "steps": 1, "tokens": 1}
+    try:
+        numbers = [*(found[key] for key in counts), *found["codes"], found["seed"]]
+        good = all(type(n) is int and abs(n) < 10**6 for n in numbers) and all(found[key] >= n for key, n in counts.items())
+        good = good and all(type(found[key]) in (int, float) and 0 <= found[key] < math.inf for key in ("lr", "prior"))
+        good = good and type(made["lm"]["name"]) is str and min(found["codes"]) > 0
+        good = good and found.get("without", "") in ("", *ABLATIONS)
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise Fault(4, f"{path}: its settings are none of `uip.py fit`")
+    return found
+
+
+def code() -> str:
+    """sha256 of the code that shards are made by."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, kmeans.__code__.co_filename))).hexdigest()
+
+
+def run_em(args, held: ExitStack) -> None:
     """fit and infer: EM over the users of a data folder; infer takes settings and codebook from --profiles."""
     began, out = time.time(), Path(args.out)
     users, evidence, source = read_evidence(Path(args.data))
     given = Path(args.profiles) if args.command == "infer" else None
     keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed", "without")
     made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
-    settings = made["settings"] if given else {key: getattr(args, key) for key in keys}
+    settings = read_settings(given / "meta.json", made) if given else {key: getattr(args, key) for key in keys}
     if given and given.resolve() == out.resolve():
         raise Fault(2, "infer: --out must not be --profiles, whose codebook stays as it is")
     without = settings["without"] = settings.get("without", "")
@@ -831,10 +902,12 @@ def run_em(args) -> None:
     if not active or not given and max(codes) > len(active):
         raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
     book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
-    codebook = hashlib.sha256((given / "profiles.npz").read_bytes()).hexdigest() if given else None
+    evidence_sha = digest(Path(args.data) / "evidence.jsonl")
     if place()[0] == 0:
-        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": source["sha256"], "layout": source["layout"],
-                    "codebook": codebook}, args.restart)
+        held.enter_context(alone(out / ".lock"))
+        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": evidence_sha,
+                    "layout": source["layout"], "codebook": digest(given / "profiles.npz") if given else None,
+                    "code": code()}, args.restart)
     meet()
     log = print if place()[0] == 0 else lambda text: None
     log(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
@@ -846,9 +919,8 @@ def run_em(args) -> None:
     if place()[0] == 0:
         save_profiles(out, users, active, fitted, layout, {
             "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
-            "data_sha256": source["sha256"], "layout": source["layout"], "torch": torch.__version__,
-            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)},
-            "seconds": round(time.time() - began, 1)})
+            "data_sha256": evidence_sha, "layout": source["layout"], "code_sha256": code(), "run": facts(began, "uip.py"),
+            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)}})
 
 
 ABLATIONS = ("em", "views", "mask", "kmeans", "pretraining", "tuning", "llm")
@@ -891,9 +963,13 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
         args.device = join(args.device)
     try:
-        bench(args) if args.command == "bench" else run_em(args)
+        with ExitStack() as held:
+            bench(args) if args.command == "bench" else run_em(args, held)
     except torch.OutOfMemoryError:
-        raise Fault(2, f"out of memory: lower --budget {args.budget} (finished shards are kept)") from None
+        raise Fault(2, "out of memory even with one user at a time (finished shards are kept)") from None
+    except OSError as error:
+        raise Fault(3, f"cannot read or write {error.filename or args.out}: {error.strerror or error} (finished shards are "
+                       "kept)") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
