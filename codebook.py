@@ -330,7 +330,10 @@ def alone(path: Path):
 
     The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise Fault(2, f"{path.parent} is a file, not a folder") from None
     while True:
         file = open(path, "a+")
         try:
