@@ -2751,7 +2751,7 @@ def test_readers_see_the_old_bank_or_the_new_one(tmp_path, monkeypatch):
                 break
             except Killed:
                 look()
-        make_bank(tmp_path / "bank")
+            make_bank(tmp_path / "bank")                                # the next build: a bank is there all the time, too
         assert look() == 2000
     assert set(seen) == {2000, 3000} and step > 6 and look() == 3000
     assert bank.lookup(users[:9]).tolist() == codes[:9].tolist()        # the one that was open all along
