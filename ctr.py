@@ -954,12 +954,12 @@ def meaning(args) -> None:
         for path in map(Path, args.files):
             found = read_json(path)
             for one in found["meaning"]:
-                lines.append([path.stem, one["profile"], f"{one['attribute']} ({one['classes']} classes)",
+                lines.append([path.resolve().parent.name, one["profile"], f"{one['attribute']} ({one['classes']} classes)",
                               *(f"{one[key]:.3f}" for key in ("bits", "bits_shuffled", "p")),
                               *(f"{one[key]:.1%}" for key in ("accuracy", "accuracy_shuffled", "accuracy_majority"))])
     except (KeyError, TypeError, ValueError) as error:
         raise Fault(4, f"{path} is not of codebook.py meaning ({error!r})") from None
-    text = markdown(["IDs", "profile", "attribute", "bits", "bits, shuffled IDs", "p", "held-out accuracy",
+    text = markdown(["data", "profile", "attribute", "bits", "bits, shuffled IDs", "p", "held-out accuracy",
                      "accuracy, shuffled IDs", "accuracy, majority"], lines) + "\n"
     publish(Path(args.out), text) if args.out else print(text, end="")
 

@@ -166,9 +166,10 @@ shop() {
 }
 
 # real NAME "ARGUMENTS of data.py": first some users are new: EM on the others' first 8 rows, then everyone's IDs from their
-# first 1 to 8. Then all users are warm; and what their IDs tell of gender, age and occupation, where those are known
+# first 1 to 8, also without tuning and without an LLM. Then all users are warm; and what their IDs tell of gender, age and
+# occupation, where those are known
 real() {
-  local d=runs/$1 r=results/$1 few=${GIVEN:-deepfm} n
+  local d=runs/$1 r=results/$1 few=${GIVEN:-deepfm} n part w before=warmctr
   local em="--lm $(printf %q "${LM:-models/default}") --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
   local fit="--codes 4,8 --steps 3" all=$FEATURES,hobby,background,stats+background
   local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
@@ -184,6 +185,16 @@ real() {
     stage "ctr$n" ctr.py "bank$n" "$r/new$n/${few%%,*}_none_0.json" \
       "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user --models $few --features $all $click --out $r/new$n \$FRESH"
   done
+  for part in tuning llm; do
+    w=$d/without-$part
+    stage "without-$part" "uip.py codebook.py" "lm data" "$w/profiles/profiles.npz" \
+      "$EM fit --data $d/data/new --out $w/profiles $fit --without $part $em"
+    for n in $(printf '%s\n' "${KNOWN%% *}" "${KNOWN##* }" | uniq); do
+      before="$before without-$part-$n"
+      stage "without-$part-$n" "uip.py codebook.py ctr.py" "without-$part" "$r/without-$part-new$n/${few%%,*}_none_0.json" \
+        "$EM infer --data $d/data/new/n$n --profiles $w/profiles --out $w/profiles$n $em && $Q codebook.py bank --profiles $w/profiles$n --out $w/bank$n && $Q ctr.py run --data $d/data/new/n$n --bank $w/bank$n --drop user --models $few --features none,stats,userip,background,stats+userip $click --out $r/without-$part-new$n \$FRESH"
+    done
+  done
   stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
   stage warmbank codebook.py warm "$r/cards.md" \
     "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md"
@@ -191,7 +202,7 @@ real() {
     "$Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
   stage warmctr ctr.py warmbank "$r/warm/${MODELS%%,*}_none_0.json" \
     "$Q ctr.py run --data $d/data --bank $d/warmbank --models $MODELS --features $FEATURES $click --out $r/warm \$FRESH"
-  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) warmctr" "$r/table.md" "$Q ctr.py tables results"
+  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) $before" "$r/table.md" "$Q ctr.py tables results"
   cat "$r/known.md" "$r/warm.md"
 }
 
