@@ -998,7 +998,8 @@ def tables(args) -> None:
         for name, pattern, do in (("known", "new[0-9]*", overview), ("table", "new[0-9]*", table),
                                   ("warm", "warm", table), ("without", "without-*", overview)):
             if parts := sorted(path for path in folder.glob(pattern) if path.is_dir()):
-                make(do, folders=parts, out=folder / f"{name}.md")
+                whole = {folder / path.name.rpartition("-")[2] for path in parts} if name == "without" else ()
+                make(do, folders=[*sorted(path for path in whole if path.is_dir()), *parts], out=folder / f"{name}.md")
         if (folder / "meaning.json").exists():
             make(meaning, files=[folder / "meaning.json"], out=folder / "meaning.md")
     for name, members in COMPARED.items():
