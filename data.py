@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import gzip
 import hashlib
 import html
@@ -1125,6 +1126,8 @@ def persist(url: str, path: Path, sha256: str | None) -> Path:
             return path
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = error
+        if getattr(why, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise why                                                    # no server's fault: the disk is full
         final = isinstance(why, HTTPError) and 400 <= why.code < 500 and why.code not in (408, 416, 429)
         if isinstance(why, ValueError):
             part.unlink(missing_ok=True)

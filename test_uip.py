@@ -1,6 +1,7 @@
-"""Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with --slow the slow ones too."""
+"""Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with `-m slow` the slow ones."""
 import ast
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -2032,6 +2033,17 @@ def test_data_download_resumes_or_begins_anew(server, tmp_path, start, script, r
 def test_data_download_says_what_failed(server, tmp_path, code, requests):
     server.script = lambda reply, _: reply(code, b"<html>no</html>")
     assert str(code) in refused(tmp_path / "f") and len(server.log) == requests
+
+
+def test_data_download_does_not_retry_on_a_full_disk(tmp_path, monkeypatch):
+    asked = []
+    def full(source, part):
+        asked.append(source)
+        raise OSError(errno.ENOSPC, "No space left on device", str(part))
+    monkeypatch.setattr(data, "fetch", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.download(["https://a.example/x.gz", "https://b.example/x.gz"], tmp_path / "x.gz")
+    assert asked == ["https://a.example/x.gz"]
 
 
 def test_data_download_keeps_no_wrong_file(server, tmp_path):
