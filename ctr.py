@@ -1161,6 +1161,12 @@ BENCHES = (
 )
 
 
+# Users of data sets that the kit reads, for an estimate of the EM's time; an EM of one round and three steps takes
+# eight passes, the two without a gradient counted as full ones.
+SIZES = (("planted shop", 240), ("MovieLens-100K", 943), ("NETE MoviesAndTV", 7_506), ("NETE Yelp", 27_147))
+PASSES = 8
+
+
 def dig(value, path: list[str], around: dict) -> list[tuple]:
     """(the figure at a path of keys or None, the keys around it): one, or one for each item of a list at *."""
     around = {**around, **value} if isinstance(value, dict) else around
@@ -1197,6 +1203,10 @@ def benches(args) -> None:
         share = lambda one, way: number(one.get(way), ".0%")
         text += "\n" + markdown(["share of the time in", "naive way, equal dtype", "E-step"], [
             [str(one.get("op")), share(one, "naive_same_dtype"), share(one, "e_step")] for one in ops]) + "\n"
+    for each, _ in dig(found["em.json"], ["ms_per_user"], {}):
+        if type(each) in (int, float):
+            text += "\n" + markdown(["EM on this machine, users as in em.json", "users", "minutes (*estimate*)"], [
+                [name, f"{users:,}", f"{PASSES * each * users / 60_000:,.0f}"] for name, users in SIZES]) + "\n"
     publish(Path(args.out), text) if args.out else print(text, end="")
 
 
