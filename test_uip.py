@@ -2529,10 +2529,12 @@ def serve(port_file):
                     self.wfile.write(BODY[at:at + 4096])
                     time.sleep(0.005)
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    pid = os.fork()
+    httpd, parent = ThreadingHTTPServer(("127.0.0.1", 0), Handler), os.getpid()
+    httpd.timeout, pid = 0.5, os.fork()
     if not pid:
-        httpd.serve_forever()
+        while os.getppid() == parent:                                # not for longer: it holds the test's output open
+            httpd.handle_request()
+        os._exit(0)
     return pid, f"http://127.0.0.1:{httpd.server_port}"
 
 
@@ -2619,7 +2621,7 @@ def drive(folder, lm_folder, data_folder):
     for module in (uip, codebook, data, ctr):                        # tqdm's own lock is shared with forked processes: one
         module.Progress.set_lock(threading.RLock())                  # killed while it holds it would stop all others
     loaded = uip.load_lm(lm_folder, "float32", "cpu")
-    uip.load_lm = lambda *args: loaded
+    uip.load_lm = lambda *args, **how: loaded
     quick = ["--seeds", "2", "--epochs", "4", "--device", "cpu"]
     fit = lambda where, *more: uip.main(fit_args(data_folder, lm_folder, where, "--shard", "4", *more))
     shop, profiles, bank = (inputs / name for name in ("shop", "profiles", "bank"))
