@@ -226,6 +226,7 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     square = lambda rows: float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
     mean, total, centred = x.mean(0), square(x), None
+    largest = total / len(x)                                           # mean |x|², before the mean is taken off
     if len(x) * float(mean.square().sum()) < 0.1 * total < 1e36:       # centred enough for fp32: no copy of x
         mean, centred = torch.zeros_like(mean), x.float()
     else:
@@ -244,7 +245,17 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
         found = lloyd(centred, start, mean, total, iters)
         if best is None or found.inertia < best.inertia:
             best = found
+    best = best._replace(ids=together(best, torch.finfo(x.dtype).eps ** 2 * largest))
     return best if init is not None else canonical(best)
+
+
+def together(clusters: Clusters, rounding: float) -> Tensor:
+    """ids [N], where of codes that only rounding tells apart the first has all rows: equal users, equal IDs.
+
+    rounding: squared error of the data's own arithmetic; codes within 64 times its root are one.
+    """
+    c = clusters.centroids.double()
+    return (torch.cdist(c, c) <= 64 * rounding ** 0.5).int().argmax(1)[clusters.ids]
 
 
 def canonical(clusters: Clusters) -> Clusters:
