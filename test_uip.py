@@ -2608,6 +2608,7 @@ sys.exit(int(door.recv(9) or 137))
 
     def run(self, number=None, seconds=math.inf):
         """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code"""
+        self.settle()
         with open(self.said, "w") as said:
             run = subprocess.Popen(["bash", "reproduce.sh", "table"], cwd=self.home, env=self.env, stdout=said, stderr=said)
         end, groups = time.time() + seconds, set()
@@ -2621,7 +2622,17 @@ sys.exit(int(door.recv(9) or 137))
             with contextlib.suppress(TimeoutError):
                 groups.add(self.fork())
             self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]     # the zombies' end
+        self.settle()
         return run.returncode
+
+    def settle(self):
+        """Nothing of a run reaches into the next: calls of a python that was killed before the fork are hung up on."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.door.accept()[0].close()
+        for pid in self.pids:
+            os.waitpid(pid, 0)
+        self.pids = []
 
 
 def drive(folder, lm_folder, data_folder):
@@ -2690,7 +2701,10 @@ def drive(folder, lm_folder, data_folder):
                 codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2)}     # negative: before its traps
                 good = code in codes[fault] and script.run() == 0
                 found["resumed" if good and script.outcome() == whole else "lost"] += 1
-                found["why"] += [] if found["lost"] == 0 else [script.said.read_text()[-500:]]
+                if found["lost"] > len(found["why"]):
+                    left = script.outcome() if good else {}
+                    differ = sorted(name for name in {*left, *whole} if left.get(name) != whole.get(name))
+                    found["why"].append(f"exit {code}, then {differ[:5]}: {script.said.read_text()[-500:]}")
         results[fault]["reproduce.sh"] = found
     print("reproduce.sh", round(time.time() - began, 1), flush=True)
     codebook.write_text(folder / "faults.json", codebook.as_json(results))
