@@ -1,15 +1,9 @@
 """Click-through models with and without user IDs: train them over paired seeds, render the results as tables.
 
-    python ctr.py run   --data DIR --bank DIR --models deepfm,dcn --features none,stats,userip --out DIR
-    python ctr.py table DIR… --out FILE.md --summary FILE.json          Markdown tables from the runs' JSON
-    python ctr.py overview DIR… --out FILE.md                           a row per folder: mean AUC by feature set
-    python ctr.py compare DIR… --out FILE.md                            planted shops side by side
-    python ctr.py meaning FILE… --out FILE.md                           what IDs tell of users, from codebook.py
-    python ctr.py include README.md                                     put such files into a README
-    python ctr.py tables results README.md                              all of these at once, from the JSON in results
+    python ctr.py run --data DIR --bank DIR --models deepfm,dcn --features none,stats,userip --out DIR
+    python ctr.py table DIR… [--out FILE.md] [--summary FILE.json]      Markdown tables from the runs' JSON
+    python ctr.py tables results README.md results/README.md            every table of results, and these files' blocks
     python ctr.py bench --rows 1000000 [--grow] [--out FILE]            training rows per second of DeepFM
-    python ctr.py benches DIR --out FILE.md                             one table of all benches' JSON
-    python ctr.py faults DIR --out FILE.md                              tables of the fault tests' JSON
 
 Every extra feature is one or more categorical fields beside those of the data, a code per user (0 = unknown):
 
@@ -875,8 +869,9 @@ def render(runs: list[dict]) -> str:
     return text
 
 
-def summarise(folder: Path, runs: list[dict]) -> dict:
+def summarise(folder: Path) -> dict:
     """The figures per seed, with score.json (whole) and seconds.json (as "seconds") of the folder."""
+    runs = read_runs(folder)
     extra = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
              for name in ("score", "seconds")}
     lm = next((one["lm"] for one in runs if one.get("lm")), None)
@@ -886,87 +881,84 @@ def summarise(folder: Path, runs: list[dict]) -> dict:
     return {"lm": lm, **extra["score"], **figures, "seconds": seconds}
 
 
-def table(args) -> None:
-    texts = []
-    for folder in map(Path, args.folders):
-        runs = read_runs(folder)
-        names = sorted({one["dataset"] for one in runs})
-        texts.append("\n\n".join(render([one for one in runs if one["dataset"] == name]) for name in names))
-        if args.summary:
-            if len(args.folders) > 1 or len(names) > 1:
-                raise Fault(2, f"--summary takes one folder of one data set, not {args.folders} with {names}")
-            publish(Path(args.summary), dump(summarise(folder, runs)))
-    text = "\n\n".join(texts) + "\n"
-    publish(Path(args.out), text) if args.out else print(text, end="")
+def table(folder: Path) -> str:
+    """The results of a folder, one data set after the other."""
+    runs = read_runs(folder)
+    names = sorted({one["dataset"] for one in runs})
+    return "\n\n".join(render([one for one in runs if one["dataset"] == name]) for name in names) + "\n"
 
 
-def overview(args) -> None:
-    """Several folders of one model's results in a row each: mean AUC by feature set, then differences."""
-    aucs = {}
-    for folder in map(Path, args.folders):
-        by = cells(read_runs(folder), "auc")
-        aucs[folder.name] = by.get("deepfm") or next(iter(by.values()))
-    names = list(dict.fromkeys(name for by in aucs.values() for name in by))
+def overview(rows: dict[str, dict]) -> str:
+    """A row each: mean AUC by feature set, then differences. rows: {what: {features: {seed: AUC}}}"""
+    names = list(dict.fromkeys(name for by in rows.values() for name in by))
     own = [name for name in names if name not in (*FEATURES, "stats+userip")]
     pairs = [("userip", "none"), *PAIRS, *((name, "stats") for name in own if "+" in name)]
     mean = lambda values: f"{np.mean(list(values.values())):.4f}" if values else ""
-    text = markdown(["mean AUC", *names], [[key, *(mean(by.get(name)) for name in names)] for key, by in aucs.items()])
-    text += "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], [
-        [key, *(difference(by.get(a), by.get(b)) for a, b in pairs)] for key, by in aucs.items()]) + "\n"
-    publish(Path(args.out), text) if args.out else print(text, end="")
+    text = markdown(["mean AUC", *names], [[key, *(mean(by.get(name)) for name in names)] for key, by in rows.items()])
+    return text + "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], [
+        [key, *(difference(by.get(a), by.get(b)) for a, b in pairs)] for key, by in rows.items()]) + "\n"
 
 
-def compare(args) -> None:
-    """Several planted shops side by side, from their summary.json: are the IDs right, and what do they add?"""
-    ids, gains, traces, bars = [], [], [], {}
-    for folder in map(Path, args.folders):
+def by_model(folder: Path) -> dict[str, dict]:
+    """overview's rows of one folder: a row per model."""
+    return cells(read_runs(folder), "auc")
+
+
+def by_folder(folders: list[Path]) -> dict[str, dict]:
+    """overview's rows of several folders: DeepFM's where it is there, else those of the first model."""
+    found = {folder.name: by_model(folder) for folder in folders}
+    return {name: by.get("deepfm") or next(iter(by.values())) for name, by in found.items()}
+
+
+def groups(folders: list[Path]) -> str:
+    """Planted shops, a row per profile, from their summary.json: are the IDs the groups that made the data?"""
+    rows = []
+    for folder in folders:
         summary = read_json(folder / "summary.json")
         try:
             for name, own in summary["ari"].items():
                 sparse = summary["ari_sparse"][name]              # null where the shop has no such user
-                ids.append([folder.name, name, *(f"{own[key]:.3f}" if own else "" for key in ("own", "other")),
-                            f"{sparse['own']:.3f}" if sparse else "", f"{summary['perplexity'][name]:.2f}", " → ".join(f"{value:.0f}" for value in summary["F"])])
-            traces += [(folder.name, summary["F"])] if len(summary["F"]) > 1 else []
-            for model, by in summary["auc"].items():
-                bars |= {folder.name: float(np.mean(by["userip"]))} if model == "deepfm" and by.get("userip") else {}
-                seeds = {name: dict(enumerate(values)) for name, values in by.items()}
-                gains.append([folder.name, model, *(difference(seeds.get("userip"), seeds.get(other))
-                                                    for other in ("none", "random", "shuffled", "stats"))])
+                rows.append([folder.name, name, *(f"{own[key]:.3f}" if own else "" for key in ("own", "other")),
+                             f"{sparse['own']:.3f}" if sparse else "", f"{summary['perplexity'][name]:.2f}",
+                             " → ".join(f"{value:.0f}" for value in summary["F"])])
         except (KeyError, TypeError, AttributeError) as error:
             raise Fault(4, f"{folder / 'summary.json'} is no summary of a planted shop ({error!r})") from None
-    text = markdown(["shop", "profile", "ARI own", "ARI other", "ARI own, sparse users", "perplexity", "F"], ids)
-    text += "\n\n" + markdown(["shop", "model", *(f"ΔAUC userip − {other}" for other in
-                                                 ("none", "random", "shuffled", "stats"))], gains)
+    return markdown(["shop", "profile", "ARI own", "ARI other", "ARI own, sparse users", "perplexity", "F"], rows) + "\n"
+
+
+def compare(folders: list[Path]) -> str:
+    """The same, and what the IDs add to each model, with charts."""
+    text, gains, bars, others = groups(folders), [], {}, ("none", "random", "shuffled", "stats")
+    for folder in folders:
+        for model, by in by_model(folder).items():
+            bars |= {folder.name: float(np.mean(list(by["userip"].values())))} if model == "deepfm" and by.get("userip") else {}
+            gains.append([folder.name, model, *(difference(by.get("userip"), by.get(other)) for other in others)])
+    text += "\n" + markdown(["shop", "model", *(f"ΔAUC userip − {other}" for other in others)], gains)
     if len(bars) > 1:
         text += "\n\n" + chart("mean AUC of deepfm with userip", list(bars), list(bars.values()))
-    if traces:
-        name, trace = traces[0]
+    traces = {folder.name: read_json(folder / "summary.json")["F"] for folder in folders}
+    for name, trace in [(name, trace) for name, trace in traces.items() if len(trace) > 1][:1]:
         steps = ["M 0", *(f"{half} {r}" for r in range(1, len(trace)) for half in "EM")][:len(trace)]
         text += "\n\n" + chart(f"{name}: F after each half-step, from the first codebook on", steps, trace, "line")
-    text += "\n"
-    publish(Path(args.out), text) if args.out else print(text, end="")
+    return text + "\n"
 
 
-def meaning(args) -> None:
+def meaning(path: Path) -> str:
     """What IDs tell of users' known attributes, from the JSON of codebook.py meaning."""
-    lines = []
+    found = read_json(path)
     try:
-        for path in map(Path, args.files):
-            found = read_json(path)
-            for one in found["meaning"]:
-                lines.append([path.resolve().parent.name, one["profile"], f"{one['attribute']} ({one['classes']} classes)",
-                              *(f"{one[key]:.3f}" for key in ("bits", "bits_shuffled", "p")),
-                              *(f"{one[key]:.1%}" for key in ("accuracy", "accuracy_shuffled", "accuracy_majority"))])
+        lines = [[one["profile"], f"{one['attribute']} ({one['classes']} classes)",
+                  *(f"{one[key]:.3f}" for key in ("bits", "bits_shuffled", "p")),
+                  *(f"{one[key]:.1%}" for key in ("accuracy", "accuracy_shuffled", "accuracy_majority"))]
+                 for one in found["meaning"]]
     except (KeyError, TypeError, ValueError) as error:
         raise Fault(4, f"{path} is not of codebook.py meaning ({error!r})") from None
-    text = markdown(["data", "profile", "attribute", "bits", "bits, shuffled IDs", "p", "held-out accuracy",
+    return markdown(["profile", "attribute", "bits", "bits, shuffled IDs", "p", "held-out accuracy",
                      "accuracy, shuffled IDs", "accuracy, majority"], lines) + "\n"
-    publish(Path(args.out), text) if args.out else print(text, end="")
 
 
-def include(args) -> None:
+def include(path: Path) -> None:
     """Fill each block <!-- include FILE --> … <!-- /include --> of a Markdown file with FILE, relative to it."""
-    path = Path(args.file)
     try:
         old = path.read_text(encoding="utf-8")
         fill = lambda match: match[1] + (path.parent / match[2]).read_text(encoding="utf-8").strip() + "\n" + match[3]
@@ -986,32 +978,41 @@ COMPARED = {
     "sizes.md": ("codes-2", "demo", "codes-8", "codes-16", "codes-32")}
 
 
-def tables(args) -> None:
-    """Every table under a folder of results, from its JSON alone; then the blocks of a README."""
-    root = Path(args.folder)
+def tables(root: Path, files: list[Path]) -> None:
+    """Every table under a folder of results, from its JSON alone; then the blocks of Markdown files."""
     if not root.is_dir():
         raise Fault(2, f"{root} is no folder")
-    make = lambda do, **options: do(argparse.Namespace(**{"out": None, "summary": None, **options}))
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if (folder / "score.json").exists():
-            make(table, folders=[folder], out=folder / "table.md", summary=folder / "summary.json")
-        for name, pattern, do in (("known", "new[0-9]*", overview), ("table", "new[0-9]*", table),
-                                  ("warm", "warm", table), ("without", "without-*", overview)):
-            if parts := sorted(path for path in folder.glob(pattern) if path.is_dir()):
-                whole = {folder / path.name.rpartition("-")[2] for path in parts} if name == "without" else ()
-                make(do, folders=[*sorted(path for path in whole if path.is_dir()), *parts], out=folder / f"{name}.md")
+        found = lambda pattern: sorted(path for path in folder.glob(pattern) if path.is_dir())
+        if (folder / "score.json").exists():                             # a planted shop
+            publish(folder / "table.md", table(folder))
+            publish(folder / "summary.json", dump(summarise(folder)))
+            if len(by_model(folder)) > 1:
+                publish(folder / "brief.md", overview(by_model(folder)))
+        if new := found("new[0-9]*"):                                    # a real data set
+            publish(folder / "known.md", overview(by_folder(new)))
+            publish(folder / "table.md", "\n".join(map(table, new)))
+        if (folder / "warm").is_dir():
+            publish(folder / "warm.md", table(folder / "warm"))
+            publish(folder / "brief.md", overview(by_model(folder / "warm")))
+        if parts := found("without-*"):
+            whole = sorted({folder / path.name.rpartition("-")[2] for path in parts} & set(new))
+            publish(folder / "without.md", overview(by_folder([*whole, *parts])))
         if (folder / "meaning.json").exists():
-            make(meaning, files=[folder / "meaning.json"], out=folder / "meaning.md")
+            publish(folder / "meaning.md", meaning(folder / "meaning.json"))
     for name, members in COMPARED.items():
         there = [root / member for member in members if (root / member / "summary.json").exists()]
         if len(there) > 1:
-            make(compare, folders=there, out=root / name)
+            publish(root / name, compare(there))
+        if there and name == "shops.md":
+            publish(root / "groups.md", groups(there))
     if (root / "bench").is_dir():
-        make(benches, folder=root / "bench", out=root / "bench" / "table.md")
+        publish(root / "bench" / "table.md", benches(root / "bench"))
+        publish(root / "bench" / "brief.md", benches(root / "bench", brief=True))
     if (root / "faults").is_dir():
-        make(faults, folder=root / "faults", out=root / "faults" / "table.md")
-    if args.readme:
-        make(include, file=args.readme)
+        publish(root / "faults" / "table.md", faults(root / "faults"))
+    for file in files:
+        include(file)
 
 
 # ---------------------------------------------------------------------------------------------------- bench
@@ -1178,16 +1179,16 @@ def dig(value, path: list[str], around: dict) -> list[tuple]:
     return dig(value.get(path[0]) if isinstance(value, dict) else None, path[1:], around)
 
 
-def benches(args) -> None:
-    """One table of the figures in a folder of bench results; what is missing is blank."""
+def benches(folder: Path, brief: bool = False) -> str:
+    """One table of the figures in a folder of bench results (brief: those with a target); what is missing is blank."""
     found, rows, places = {}, [], {}
     for name in dict.fromkeys(row[0] for row in BENCHES):
         try:
-            found[name] = json.loads((Path(args.folder) / name).read_text(encoding="utf-8"))
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             found[name] = None
         except (OSError, ValueError) as error:
-            raise Fault(4, f"{Path(args.folder) / name} is damaged or no JSON: {error}") from None
+            raise Fault(4, f"{folder / name} is damaged or no JSON: {error}") from None
         about = found[name].get("machine") if isinstance(found[name], dict) else None
         if isinstance(about, dict):
             keys = [key for key in ("gpu", "processor", "cores", "threads", "torch") if key in about]
@@ -1197,22 +1198,31 @@ def benches(args) -> None:
         for value, near in dig(found[name], path.split("."), {}):
             label = re.sub(r"{(\w+):?(.*?)}", lambda match: number(near.get(match[1]), match[2]) or "…", what)
             rows.append([label, number(value, form), target, name])
+    if brief:
+        return markdown(["what", "figure", "target"], [row[:3] for row in rows if row[2]]) + "\n"
     text = markdown(["what", "figure", "target", "file"], rows) + "\n"
     text += "".join(f"\n{', '.join(names)}: {place}.\n" for place, names in places.items())
     if ops := [one for one, _ in dig(found["em.json"], ["profile", "*"], {}) if isinstance(one, dict)]:
         share = lambda one, way: number(one.get(way), ".0%")
         text += "\n" + markdown(["share of the time in", "naive way, equal dtype", "E-step"], [
             [str(one.get("op")), share(one, "naive_same_dtype"), share(one, "e_step")] for one in ops]) + "\n"
-    for each, _ in dig(found["em.json"], ["ms_per_user"], {}):
-        if type(each) in (int, float):
-            text += "\n" + markdown(["EM on this machine, users as in em.json", "users", "minutes (*estimate*)"], [
-                [name, f"{users:,}", f"{PASSES * each * users / 60_000:,.0f}"] for name, users in SIZES]) + "\n"
-    publish(Path(args.out), text) if args.out else print(text, end="")
+    one = lambda name, path: dig(found[name], path.split("."), {})[0][0]
+    each, parameters = one("em.json", "ms_per_user"), one("em.json", "lm.parameters")
+    if type(each) in (int, float):
+        text += "\n" + markdown(["EM on this machine, users as in em.json", "users", "minutes (*estimate*)"], [
+            [name, f"{users:,}", f"{PASSES * each * users / 60_000:,.0f}"] for name, users in SIZES]) + "\n"
+        rate, width = one("codebook.json", "bank.lookups_per_s"), 4 if one("em.json", "lm.dtype") == "float32" else 2
+        held = [f"{number(one('codebook.json', 'bank.bytes_per_user'), '.0f')} bytes a user",
+                f"the LLM, {number(parameters and width * parameters / 2**20, ',.0f')} MB"]
+        text += "\n" + markdown(["a request for one user's IDs", "microseconds", "memory"], [
+            ["in the bank, by batches", number(rate and 1e6 / rate, ".2f"), held[0]],
+            ["in the bank, alone (99 %)", number(one("codebook.json", "bank.single_p99_us"), ".1f"), held[0]],
+            ["not in the bank: E-steps (*estimate*)", number(PASSES * each * 1000, ",.0f"), held[1]]]) + "\n"
+    return text
 
 
-def faults(args) -> None:
+def faults(folder: Path) -> str:
     """faults.json (trials of fault × command) and fuzz_*.json (cases of each loader) of a folder, as two tables."""
-    folder = Path(args.folder)
     struck = read_json(folder / "faults.json")
     fuzzed = [item for path in sorted(folder.glob("fuzz_*.json")) for item in read_json(path).items()]
     try:
@@ -1226,10 +1236,19 @@ def faults(args) -> None:
             text += "\n" + markdown(["loader", "cases", "a value", "our own error", "anything else"], counts) + "\n"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Fault(4, f"{folder}: no figures of the fault tests ({error!r})") from None
-    publish(Path(args.out), text) if args.out else print(text, end="")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------ CLI
+
+def command_table(args) -> None:
+    text = "\n\n".join(map(table, args.folders))
+    if args.summary:
+        if len(args.folders) > 1 or len({one["dataset"] for one in read_runs(args.folders[0])}) > 1:
+            raise Fault(2, "--summary takes one folder of one data set")
+        publish(args.summary, dump(summarise(args.folders[0])))
+    publish(args.out, text) if args.out else print(text, end="")
+
 
 def positive(kind, zero: bool = False):
     """An argparse type: a finite number above 0, or 0 where that may be."""
@@ -1263,43 +1282,20 @@ def main(argv=None) -> None:
         one.add_argument(f"--{name}", type=positive(kind), default=default, help=f"{text} ({default})")
     one.add_argument("--l2", type=positive(float, zero=True), default=1e-5, help="embeddings' L2 (1e-5)")
     two = commands.add_parser("table", help="render results as Markdown", allow_abbrev=False)
-    two.set_defaults(do=table)
-    two.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")
-    two.add_argument("--out", help="file for the tables (default: print them)")
-    two.add_argument("--summary", help="file for figures per seed, with DIR's score.json and seconds.json")
-    nine = commands.add_parser("overview", help="folders of results in a row each, by AUC", allow_abbrev=False)
-    nine.set_defaults(do=overview)
-    nine.add_argument("folders", nargs="+", metavar="DIR", help="folder of results")
-    nine.add_argument("--out", help="file for the tables (default: print them)")
-    four = commands.add_parser("compare", help="planted shops side by side, by summary.json", allow_abbrev=False)
-    four.set_defaults(do=compare)
-    four.add_argument("folders", nargs="+", metavar="DIR", help="folder with the summary.json of table")
-    four.add_argument("--out", help="file for the tables (default: print them)")
-    seven = commands.add_parser("meaning", help="what IDs tell of users' known attributes", allow_abbrev=False)
-    seven.set_defaults(do=meaning)
-    seven.add_argument("files", nargs="+", metavar="FILE", help="JSON of codebook.py meaning")
-    seven.add_argument("--out", help="file for the table (default: print it)")
-    five = commands.add_parser("include", help="fill <!-- include FILE --> blocks of a file", allow_abbrev=False)
-    five.set_defaults(do=include)
-    five.add_argument("file", help="Markdown file; the paths in it are relative to its folder")
-    three = commands.add_parser("bench", help="time one epoch of DeepFM on random rows", allow_abbrev=False)
-    three.set_defaults(do=bench)
-    three.add_argument("--rows", type=positive(int), default=1_000_000, help="rows (default: %(default)s)")
-    three.add_argument("--grow", action="store_true", help="rows / 16, rows / 4 and rows, with peak memory")
-    three.add_argument("--out", help="file for the figures, beside printing them")
-    six = commands.add_parser("benches", help="one table of the benches' figures", allow_abbrev=False)
-    six.set_defaults(do=benches)
-    six.add_argument("folder", metavar="DIR", help="folder of em.json, codebook.json, ctr.json, …")
-    six.add_argument("--out", help="file for the table (default: print it)")
-    eight = commands.add_parser("tables", help="every table of a results folder, and a README's blocks", allow_abbrev=False)
-    eight.set_defaults(do=tables)
-    eight.add_argument("folder", metavar="DIR", help="folder such as results")
-    eight.add_argument("readme", nargs="?", metavar="README", help="Markdown file whose blocks to fill")
-    ten = commands.add_parser("faults", help="tables of the fault tests' figures", allow_abbrev=False)
-    ten.set_defaults(do=faults)
-    ten.add_argument("folder", metavar="DIR", help="folder of faults.json and fuzz_*.json")
-    ten.add_argument("--out", help="file for the tables (default: print them)")
-    for command in (one, three):
+    two.set_defaults(do=command_table)
+    two.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="folder of results")
+    two.add_argument("--out", type=Path, help="file for the tables (default: print them)")
+    two.add_argument("--summary", type=Path, help="file for figures per seed, with DIR's score.json and seconds.json")
+    three = commands.add_parser("tables", help="every table of results, and files' blocks", allow_abbrev=False)
+    three.set_defaults(do=lambda args: tables(args.folder, args.files))
+    three.add_argument("folder", metavar="DIR", type=Path, help="folder such as results")
+    three.add_argument("files", nargs="*", metavar="FILE", type=Path, help="Markdown whose <!-- include --> blocks to fill")
+    four = commands.add_parser("bench", help="time one epoch of DeepFM on random rows", allow_abbrev=False)
+    four.set_defaults(do=bench)
+    four.add_argument("--rows", type=positive(int), default=1_000_000, help="rows (default: %(default)s)")
+    four.add_argument("--grow", action="store_true", help="rows / 16, rows / 4 and rows, with peak memory")
+    four.add_argument("--out", help="file for the figures, beside printing them")
+    for command in (one, four):
         command.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda if there)")
     args = parser.parse_args(argv)
     try:

@@ -1242,10 +1242,10 @@ def test_meaning_of_ids_by_hand(tmp_path):
     assert told["hobby", "work"]["bits"] == pytest.approx(1) == told["background", "age"]["bits"]
     assert told["hobby", "age"]["bits"] < 0.1 < told["hobby", "work"]["accuracy"] == 1
     assert told["hobby", "work"]["p"] < 0.3 < told["hobby", "age"]["p"]
-    ctr.main(["meaning", str(tmp_path / "m.json"), "--out", str(tmp_path / "m.md")])
-    assert f"| {tmp_path.name} | hobby | work (2 classes) | 1.000 |" in (tmp_path / "m.md").read_text()
+    assert "| hobby | work (2 classes) | 1.000 |" in ctr.meaning(tmp_path / "m.json")
     (tmp_path / "bad.json").write_text('{"meaning": [{}]}')
-    assert code_of(ctr, ["meaning", str(tmp_path / "bad.json")])[0] == 4
+    with pytest.raises(ctr.Fault, match="bad.json"):
+        ctr.meaning(tmp_path / "bad.json")
 
 
 def test_ctr_kmeans_finds_groups_and_survives_equal_points():
@@ -1323,11 +1323,11 @@ def test_ctr_overview_has_a_row_per_folder(tmp_path):
                 (tmp_path / folder).mkdir(exist_ok=True)
                 one = {**run, "features": features, "seed": seed, "auc": 0.7 + plus + seed / 100}
                 (tmp_path / folder / f"deepfm_{features}_{seed}.json").write_text(json.dumps(one))
-    ctr.main(["overview", str(tmp_path / "new1"), str(tmp_path / "new8"), "--out", str(tmp_path / "o.md")])
-    lines = (tmp_path / "o.md").read_text().splitlines()
+    lines = ctr.overview(ctr.by_folder([tmp_path / "new1", tmp_path / "new8"])).splitlines()
     assert lines[0] == "| mean AUC | none | stats | stats+taste |" and lines[3] == "| new8 | 0.7050 | 0.7550 | 0.8050 |"
     assert lines[5].endswith("| stats+userip − stats | stats+taste − stats |")
     assert lines[8] == "| new8 |  |  |  |  |  | +0.0500 [+0.0500, +0.0500], n=2 |"
+    assert "| deepfm | 0.7050 | 0.7150 | 0.7250 |" in ctr.overview(ctr.by_model(tmp_path / "new1"))
 
 
 def test_ctr_interval_is_students():
@@ -1374,19 +1374,19 @@ def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(
     assert last["grow"][0]["peak_mb"] <= last["grow"][2]["peak_mb"] and last["grow"][1]["rows_per_s"] > 0
 
 
-def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, capsys):
-    ctr.main(["benches", str(tmp_path)])                                 # nothing measured: every figure is blank
-    empty = [line.split(" | ")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path):
+    empty = [line.split(" | ")[1].strip() for line in ctr.benches(tmp_path).splitlines()[2:]]      # nothing measured
     assert len(empty) > 20 and not any(empty)
     for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6,
-                               "profile": [{"op": "aten::mm", "e_step": 0.5}], "ms_per_user": 100},
+                               "profile": [{"op": "aten::mm", "e_step": 0.5}], "ms_per_user": 100,
+                               "lm": {"parameters": 2**20, "dtype": "bfloat16"}},
                         "grow": {"grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}]},
                         "codebook": {"machine": {"processor": "abacus", "cores": 4},
-                                     "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}]},
+                                     "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}],
+                                     "bank": {"bytes_per_user": 10.02, "lookups_per_s": 4e6}},
                         "ctr": ["not what is expected"]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    ctr.main(["benches", str(tmp_path), "--out", str(tmp_path / "table.md")])
-    text = (tmp_path / "table.md").read_text()
+    text = ctr.benches(tmp_path)
     rows = {tuple(line[2:].split(" | ")[i] for i in (0, 3)): line.split(" | ")[1] for line in text.splitlines()
             if line.startswith("| ") and line.count(" | ") == 3}
     assert rows["E-step: ours / naive way in fp32, labelled tokens per second", "em.json |"] == "12.3"
@@ -1398,8 +1398,11 @@ def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path, caps
     assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| DeepFM, … rows: training" in text
     assert "\n\ncodebook.json: processor abacus; cores 4.\n\n| share of the time" in text
     assert "| aten::mm |  | 50% |\n" in text and "| NETE MoviesAndTV | 7,506 | 100 |" in text    # 8 passes of 0.1 s each
+    assert "| in the bank, by batches | 0.25 | 10 bytes a user |\n| in the bank, alone (99 %) |  | 10 bytes a user |\n" in text
+    assert "| not in the bank: E-steps (*estimate*) | 800,000 | the LLM, 2 MB |" in text
     (tmp_path / "em.json").write_text("{")
-    assert "em.json" in ctr_fault(4, "benches", tmp_path)
+    with pytest.raises(ctr.Fault, match="em.json"):
+        ctr.benches(tmp_path)
 
 
 def test_ctr_faults_are_two_tables(tmp_path):
@@ -1407,36 +1410,41 @@ def test_ctr_faults_are_two_tables(tmp_path):
     (tmp_path / "faults.json").write_text(json.dumps({"SIGKILL": {"fit": one, "bank": one}, "disk full": {"fit": one}}))
     fuzzed = {"a loader": {"cases": 2000, "values": 5, "faults": 1995, "other": 0}}
     (tmp_path / "fuzz_core.json").write_text(json.dumps(fuzzed))
-    ctr.main(["faults", str(tmp_path), "--out", str(tmp_path / "table.md")])
-    text = (tmp_path / "table.md").read_text()
+    text = ctr.faults(tmp_path)
     for line in ("| command | SIGKILL | disk full |", "| fit | 10 / 9 / 1 | 10 / 9 / 1 |", "| bank | 10 / 9 / 1 |  |",
                  "| all | 20 / 18 / 2 | 10 / 9 / 1 |", "| a loader | 2,000 | 5 | 1,995 | 0 |"):
         assert line in text, text
     (tmp_path / "faults.json").write_text('{"SIGKILL": {"fit": 3}}')
-    assert "no figures" in ctr_fault(4, "faults", tmp_path)
+    with pytest.raises(ctr.Fault, match="no figures"):
+        ctr.faults(tmp_path)
 
 
 def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
-    auc = {"deepfm": {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}}
-    score = {"hobby": {"own": 0.9, "other": 0.01}}
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "summary.json").write_text(json.dumps({
-        "ari": score, "ari_sparse": {"hobby": {"own": 0.5, "other": 0}}, "perplexity": {"hobby": 3.5}, "F": [-9.0, -3.4],
-        "auc": auc}))
-    ctr.main(["compare", str(tmp_path / "shop"), "--out", str(tmp_path / "shops.md")])
-    text = (tmp_path / "shops.md").read_text()
+        "ari": {"hobby": {"own": 0.9, "other": 0.01}}, "ari_sparse": {"hobby": {"own": 0.5, "other": 0}},
+        "perplexity": {"hobby": 3.5}, "F": [-9.0, -3.4]}))
+    run = {"dataset": "d", "model": "deepfm", "gauc": 0.5, "logloss": 0.5, "config": {}, "data_sha256": "x", "rows": {}}
+    for features, aucs in {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}.items():
+        for seed, auc in enumerate(aucs):
+            (tmp_path / "shop" / f"deepfm_{features}_{seed}.json").write_text(
+                json.dumps({**run, "features": features, "seed": seed, "auc": auc}))
+    text = ctr.compare([tmp_path / "shop"])
+    (tmp_path / "shops.md").write_text(text)
+    assert text.startswith(ctr.groups([tmp_path / "shop"]))
     assert "| shop | hobby | 0.900 | 0.010 | 0.500 | 3.50 | -9 → -3 |" in text
     assert "| shop | deepfm | +0.2000 [+0.2000, +0.2000], n=2 | +0.2500 [-0.3853, +0.8853], n=2 |  |  |" in text
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- include shops.md -->\nold\n<!-- /include -->\nb\n")
     for _ in range(2):                                                   # the second time changes nothing
-        ctr.main(["include", str(readme)])
+        ctr.main(["tables", str(tmp_path / "shop"), str(readme)])
         assert readme.read_text() == f"a\n<!-- include shops.md -->\n{text}<!-- /include -->\nb\n"
     readme.write_text("<!-- include gone.md -->\n<!-- /include -->")
-    assert "gone.md" in ctr_fault(2, "include", readme)
-    assert "include FILE" in ctr_fault(2, "include", tmp_path / "shops.md")
+    assert "gone.md" in ctr_fault(2, "tables", tmp_path / "shop", readme)
+    assert "include FILE" in ctr_fault(2, "tables", tmp_path / "shop", tmp_path / "shops.md")
     (tmp_path / "shop" / "summary.json").write_text("{}")
-    assert "summary.json" in ctr_fault(4, "compare", tmp_path / "shop")
+    with pytest.raises(ctr.Fault, match="summary.json"):
+        ctr.compare([tmp_path / "shop"])
 
 
 # --------------------------------------------------------------------------------------------- data.py
