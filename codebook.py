@@ -450,10 +450,13 @@ def hash_users(users) -> np.ndarray:
     """
     a = np.asarray(users).reshape(-1).astype(str)
     a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
-    h = np.full(len(a), 0xCBF29CE484222325, np.uint64)
-    for column in a.view(np.uint32).reshape(len(a), a.itemsize // 4).T:    # W × (n,) code points
-        if column.any():
-            h = np.where(column != 0, (h ^ column) * np.uint64(0x100000001B3), h)
+    points, prime = a.view(np.uint32).reshape(len(a), a.itemsize // 4), np.uint64(0x100000001B3)      # (n, W)
+    width, h = points.shape[1], np.full(len(a), 0xCBF29CE484222325, np.uint64)
+    while width and not points[:, width - 1].any():
+        width -= 1
+    for column in points[:, :width].T:                                 # (n,)
+        column, text = column.astype(np.uint64), column != 0
+        h = (h ^ column) * prime if text.all() else np.where(text, (h ^ column) * prime, h)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
     return h ^ (h >> np.uint64(33))
