@@ -338,6 +338,23 @@ def test_e_step_finds_the_map_in_closed_form(monkeypatch):
     assert value.tolist() == pytest.approx([32 * (0.75 ** 2 + 1 / 9)] * 3, rel=0.02)     # of the likelihood alone
 
 
+def test_shrunk_steps_are_as_long_as_the_evidence_is_large():
+    """θ − start = lr · Σ∇ / (value tokens + shrink): n equal texts move it n (L + s) / (n L + s) times as far as one."""
+    texts = [{"price": ["cheap 9"] * n} for n in (1, 4, 16)]
+    (lm, layout, rows, *_), L = case(m=1, texts=texts, cached=False), 2
+    start = lm.get_input_embeddings().weight.mean(0).repeat(3, 2, 1, 1)
+    found, _ = uip.e_step(lm, layout, rows, start, steps=1, lr=1e-3, shrink=6.0)
+    way = found - start
+    assert (way[:, 0] == 0).all() and (way[:, 1] != 0).any(2).all()                # hobby was told nothing: no 0 / 0
+    for u, n in enumerate((1, 4, 16)):
+        assert torch.allclose(way[u, 1], way[0, 1] * n * (L + 6) / (n * L + 6), rtol=1e-3, atol=1e-7)
+    x = start[:1].clone().requires_grad_()
+    uip.nll(lm, uip.collate(rows[:1], layout), x).sum().backward()
+    assert torch.allclose(way[0], -1e-3 * x.grad[0] / (L + 6), rtol=1e-3, atol=1e-7)
+    equal = uip.e_step(lm, layout, rows, start, steps=1, lr=1e-3)[0] - start      # Adam: all as far
+    assert torch.allclose(equal[0, 1], equal[2, 1], rtol=1e-3, atol=1e-6)
+
+
 def test_m_step_starts_from_the_codebook_it_is_given():
     """Codes keep their places (by size they would swap), μ and π are those of the users, τ² stays."""
     theta = torch.cat([torch.zeros(10, 1, 1, 4), torch.ones(5, 1, 1, 4)]) + 0.01 * torch.randn(15, 1, 1, 4)
@@ -3172,7 +3189,8 @@ def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, numbe
     python.chmod(0o755)
     command = ["bash", "reproduce.sh", "data"]
     settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": "lm"}, "stderr": subprocess.PIPE,
-                "stdout": subprocess.DEVNULL, "text": True}
+                "stdout": subprocess.DEVNULL, "text": True,              # in the background a shell ignores Ctrl-C:
+                "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 
     def begun():
         (tmp_path / "pid").unlink(missing_ok=True)

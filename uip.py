@@ -156,6 +156,11 @@ def pack(evidence: dict[str, list[str]], layout: Layout) -> Row:
     return row
 
 
+def told(row: Row) -> Tensor:
+    """How many texts have a node as a value token, for each profile that it sees: [T, P]."""
+    return torch.tensor(row.labels)[:, None] * torch.tensor(row.views)
+
+
 class Batch(NamedTuple):
     """Packed rows as tensors. Columns: [BOS, names | slots of θ | evidence, right-padded]; C, P·m and T of them."""
     ids: Tensor            # [B, Q] long; Q = P·m + T with a prefix cache, else C + P·m + T
@@ -283,12 +288,15 @@ class Fitted(NamedTuple):
 
 
 def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | None = None,
-           precision: Tensor | None = None, *, steps: int = 4, lr: float = 0.02, budget: int = 1024,
-           cache: list | None = None, tick=lambda users: None) -> tuple[Tensor, Tensor]:
+           precision: Tensor | None = None, *, steps: int = 4, lr: float = 0.02, shrink: float | None = None,
+           budget: int = 1024, cache: list | None = None, tick=lambda users: None) -> tuple[Tensor, Tensor]:
     """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
 
     rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
     precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass, halved when memory runs out.
+    shrink (ours): plain gradient steps instead, lr · gradient / (value tokens of the profile + shrink). Adam moves all
+    users equally far, whatever they have told; this is the MAP under a Gaussian prior worth `shrink` tokens around the
+    start, as far as every token has the curvature 1/lr.
     Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
     """
     start, theta, best_nll, lengths = theta, theta.clone(), torch.empty(len(rows)), [len(row.ids) for row in rows]
@@ -296,7 +304,8 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
     def climb(users: list[int]) -> None:
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
         x = start[users].to(lm.device).requires_grad_()
-        adam, best = torch.optim.Adam([x], lr=lr), torch.full((len(users),), math.inf, device=lm.device)
+        ascent, best = (torch.optim.Adam if shrink is None else torch.optim.SGD)([x], lr=lr), \
+            torch.full((len(users),), math.inf, device=lm.device)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):
                 value = nll(lm, batch, x)
@@ -309,8 +318,11 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
             theta[found], best_nll[found] = x.detach()[better].cpu(), value.detach()[better].cpu()
             if step < steps:
                 loss.sum().backward()
-                adam.step()
-                adam.zero_grad()
+                if shrink is not None:
+                    tokens = torch.stack([told(rows[u]).sum(0) for u in users])             # (B, P)
+                    x.grad /= (tokens + shrink).clamp(min=1).to(x.device)[:, :, None, None]
+                ascent.step()
+                ascent.zero_grad()
             tick(len(users))
         if not (best.isfinite().all() and x.isfinite().all()):
             raise Fault(4, f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
@@ -352,7 +364,7 @@ def pooled(lm, layout: Layout, rows: list[Row], theta: Tensor, *, budget: int = 
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
         h = table[batch.ids.cpu()] if table is not None else hidden(lm, batch, theta[users].to(lm.device)).float().cpu()
         for own, u in zip(h[:, batch.slots.stop:], users):                                  # (Q − P·m, d)
-            weight = torch.tensor(rows[u].labels)[:, None] * torch.tensor(rows[u].views)    # (T, P)
+            weight = told(rows[u])                                                          # (T, P)
             mean = weight.T.float() @ own[:len(weight)] / weight.sum(0).clamp(min=1)[:, None]
             found[u] = mean[:, None]                                                        # (P, 1, d)
         tick(len(users))
@@ -389,8 +401,8 @@ def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -
 
 
 def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 1, steps: int = 4, lr: float = 0.02,
-        lam: float = 0.02, seed: int = 0, shard: int = 128, budget: int = 1024, book: Book | None = None,
-        folder: Path | None = None, log=print, without: str = "") -> Fitted:
+        lam: float = 0.02, shrink: float | None = None, seed: int = 0, shard: int = 128, budget: int = 1024,
+        book: Book | None = None, folder: Path | None = None, log=print, without: str = "") -> Fitted:
     """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
 
     rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
@@ -416,7 +428,7 @@ def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 
     for r in range(rounds + 1):
         centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
         work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
-                        steps=steps, lr=lr, budget=budget, cache=cache, tick=bar.update) for part in parts]
+                        steps=steps, lr=lr, shrink=shrink, budget=budget, cache=cache, tick=bar.update) for part in parts]
         if without in ("tuning", "llm"):
             work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update,
                             table=table) for part in parts]
@@ -863,6 +875,7 @@ def read_settings(path: Path, made: dict) -> dict:
         numbers = [*(found[key] for key in counts), *found["codes"], found["seed"]]
         good = all(type(n) is int and abs(n) < 10**6 for n in numbers) and all(found[key] >= n for key, n in counts.items())
         good = good and all(type(found[key]) in (int, float) and 0 <= found[key] < math.inf for key in ("lr", "prior"))
+        good = good and (found.get("shrink") is None or type(found["shrink"]) in (int, float) and 0 <= found["shrink"] < math.inf)
         good = good and type(made["lm"]["name"]) is str and min(found["codes"]) > 0
         good = good and found.get("without", "") in ("", *ABLATIONS)
     except (KeyError, TypeError, ValueError):
@@ -882,7 +895,7 @@ def run_em(args, held: ExitStack) -> None:
     began, out = time.time(), Path(args.out)
     users, evidence, source = read_evidence(Path(args.data))
     given = Path(args.profiles) if args.command == "infer" else None
-    keys = ("rounds", "steps", "lr", "prior", "codes", "tokens", "seed", "without")
+    keys = ("rounds", "steps", "lr", "shrink", "prior", "codes", "tokens", "seed", "without")
     made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
     settings = read_settings(given / "meta.json", made) if given else {key: getattr(args, key) for key in keys}
     if given and given.resolve() == out.resolve():
@@ -913,8 +926,8 @@ def run_em(args, held: ExitStack) -> None:
     log(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
           f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
     fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
-                 lr=settings["lr"], lam=settings["prior"], seed=settings["seed"], shard=args.shard, budget=args.budget,
-                 book=book, folder=out, log=log, without=without)
+                 lr=settings["lr"], lam=settings["prior"], shrink=settings.get("shrink"), seed=settings["seed"],
+                 shard=args.shard, budget=args.budget, book=book, folder=out, log=log, without=without)
     meet()                                       # nobody reads shards any more
     if place()[0] == 0:
         save_profiles(out, users, active, fitted, layout, {
@@ -953,8 +966,10 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--codes", type=lambda text: [whole(k) for k in text.split(",")], default=[4, 3],
                          help="codebook size of each profile, in the order of the layout")
         sub.add_argument("--rounds", type=lambda text: whole(text, least=0), default=1, help="EM rounds after round 0")
-        sub.add_argument("--steps", type=whole, default=4, help="Adam steps in one E-step")
-        sub.add_argument("--lr", type=real, default=0.02, help="of Adam, in units of the embedding space")
+        sub.add_argument("--steps", type=whole, default=4, help="steps of Adam in one E-step")
+        sub.add_argument("--lr", type=real, default=0.02, help="its learning rate, in units of the embedding space")
+        sub.add_argument("--shrink", type=real, help="plain gradient steps instead of Adam's, shrunk as by "
+                         "so many more tokens of evidence: who has told little moves little")
         sub.add_argument("--prior", type=real, default=0.02, help="λ: weight of the codebook in an E-step")
         sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
         sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
