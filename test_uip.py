@@ -1960,12 +1960,16 @@ def fuzz_cases(tmp_path, rng):
             "NETE pickle": nete, "NETE item.json and user.json": document, "ml-100k zip": archive}
 
 
-def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(tmp_path):
+FUZZ = pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.slow)])
+
+
+@FUZZ
+def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(cases, tmp_path):
     """UIP_FAULTS=DIR keeps the counts. Memory grows by little, whatever comes."""
     rng, counts, others, before = random.Random(0), {}, [], data.peak_mb()
     for loader, case in fuzz_cases(tmp_path, rng).items():
-        count = counts[loader] = {"cases": 2000, "values": 0, "faults": 0, "other": 0}
-        for _ in range(count["cases"]):
+        count = counts[loader] = {"cases": cases, "values": 0, "faults": 0, "other": 0}
+        for _ in range(cases):
             try:
                 case()
                 count["values"] += 1
@@ -1975,11 +1979,11 @@ def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(tmp_path):
             except Exception as error:
                 count["other"] += 1
                 others.append((loader, error))
-    if os.environ.get("UIP_FAULTS"):
+    if os.environ.get("UIP_FAULTS") and cases == 2000:
         Path(os.environ["UIP_FAULTS"], "fuzz_data.json").write_text(json.dumps(counts, indent=1) + "\n")
     assert not others, others[:5]
     assert data.peak_mb() - before < 300
-    assert all(min(count["values"], count["faults"]) > 200 for count in counts.values())
+    assert all(min(count["values"], count["faults"]) > cases / 10 for count in counts.values())
 
 
 BODY = bytes(range(256)) * 400
@@ -2949,9 +2953,10 @@ def spoil_npz(draw, arrays):
     return content
 
 
-def test_fuzz_every_loader_ends_in_a_value_or_a_fault(tiny, planted_folder, tmp_path, monkeypatch):
-    """Seeded; at least 2,000 cases each, of bytes and of well-formed files with wrong contents, checksums made to fit."""
-    made, cases = {name: tmp_path / name for name in ("data", "evidence", "json", "npz", "profiles", "bank", "runs")}, 2000
+@FUZZ
+def test_fuzz_every_loader_ends_in_a_value_or_a_fault(cases, tiny, planted_folder, tmp_path, monkeypatch):
+    """Seeded; of bytes and of well-formed files with wrong contents, checksums made to fit."""
+    made = {name: tmp_path / name for name in ("data", "evidence", "json", "npz", "profiles", "bank", "runs")}
     for folder in made.values():
         folder.mkdir()
     shop = ctr_data(tmp_path / "shop", users=6, rows=20)
@@ -3071,7 +3076,7 @@ def test_fuzz_every_loader_ends_in_a_value_or_a_fault(tiny, planted_folder, tmp_
             assert not other, other[:9]
             assert count["faults"] > cases / 10 < count["values"] or loader is damaged_shard
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) < 2**30
-    if os.environ.get("UIP_FAULTS"):
+    if os.environ.get("UIP_FAULTS") and cases == 2000:
         codebook.write_text(Path(os.environ["UIP_FAULTS"]) / "fuzz_core.json", codebook.as_json(counts))
 
 

@@ -295,8 +295,8 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
     rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
     precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass, halved when memory runs out.
     shrink (ours): plain gradient steps instead, lr · gradient / (value tokens of the profile + shrink). Adam moves all
-    users equally far, whatever they have told; this is the MAP under a Gaussian prior worth `shrink` tokens around the
-    start, as far as every token has the curvature 1/lr.
+    users equally far, whatever they have told; the first of these steps is the MAP under a Gaussian prior around the
+    start that is worth `shrink` tokens, as far as each token has the curvature 1/lr.
     Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
     """
     start, theta, best_nll, lengths = theta, theta.clone(), torch.empty(len(rows)), [len(row.ids) for row in rows]
@@ -304,8 +304,9 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
     def climb(users: list[int]) -> None:
         batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
         x = start[users].to(lm.device).requires_grad_()
-        ascent, best = (torch.optim.Adam if shrink is None else torch.optim.SGD)([x], lr=lr), \
-            torch.full((len(users),), math.inf, device=lm.device)
+        ascent = (torch.optim.Adam if shrink is None else torch.optim.SGD)([x], lr=lr)
+        tokens = torch.stack([told(rows[u]).sum(0) for u in users]).to(x.device)            # (B, P)
+        best = torch.full((len(users),), math.inf, device=x.device)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):
                 value = nll(lm, batch, x)
@@ -319,8 +320,7 @@ def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | 
             if step < steps:
                 loss.sum().backward()
                 if shrink is not None:
-                    tokens = torch.stack([told(rows[u]).sum(0) for u in users])             # (B, P)
-                    x.grad /= (tokens + shrink).clamp(min=1).to(x.device)[:, :, None, None]
+                    x.grad /= (tokens + shrink).clamp(min=1)[:, :, None, None]
                 ascent.step()
                 ascent.zero_grad()
             tick(len(users))
