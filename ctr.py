@@ -13,6 +13,7 @@ Every extra feature is one or more categorical fields beside those of the data, 
     shuffled  the bank's codes, dealt to the wrong users: what the bank's frequencies bring by themselves
     stats     k-means of the user's plain training statistics (taste shares, mean log price, rating and count), a
               field each: what can be had without any LLM. The IDs are worth their cost where userip beats this
+    gap       how far above others the user rates the same items, no LLM: codes of one number
     a+b       the fields of both, as in stats+userip
 
 Use it alone: `from ctr import DeepFM, fit, auc`; the models take field sizes and give logits.
@@ -54,7 +55,7 @@ except ImportError:
     fcntl = resource = None
 
 BANK_VERSION = 1
-FEATURES = ("none", "random", "shuffled", "stats", "userip")
+FEATURES = ("none", "random", "shuffled", "stats", "userip", "gap")
 
 
 class Fault(Exception):
@@ -491,6 +492,24 @@ def stats_codes(data: Data, sizes: list[int]) -> tuple[np.ndarray, list[int]]:
     return codes, sizes
 
 
+def gap_codes(data: Data, k: int) -> tuple[np.ndarray, list[int]]:
+    """The control for evidence that compares a user with others: quantiles of one number → int64 [N, 1], [k].
+
+    The number is the mean of a user's rating less the item's mean in training, that of items shrunk by five ratings, that
+    of users by three. Rows and users as in `statistics`; the quantiles are those of users with training rows.
+    """
+    train, n = data.split == 0, len(data.users)
+    rows = data.split == 3 if (data.split == 3).any() else train
+    item = data.x[:, data.fields.index("item")] if "item" in data.fields else np.zeros(len(data.y), np.int64)
+    excess, count = data.rating - data.rating[train].mean(), np.bincount(data.user[rows], minlength=n)
+    most = item.max() + 1
+    usual = np.bincount(item[train], excess[train], most) / (np.bincount(item[train], minlength=most) + 5)
+    gap = np.bincount(data.user[rows], (excess - usual[item])[rows], n) / (count + 3)           # (N,)
+    warm = (count > 0) & np.isin(np.arange(n), data.user[train])
+    cuts = np.quantile(gap[warm], np.arange(1, k) / k)
+    return np.where(count > 0, 1 + np.digitize(gap, cuts), 0)[:, None], [k]
+
+
 def add_features(names: str, data: Data, codes: dict, sizes: list[int], seed: int):
     """Codes per user of one feature set such as "stats+userip" → int64 [N, E], sizes of the E new fields.
 
@@ -676,6 +695,7 @@ def run(args) -> None:
     if len(config["drop"]) == len(data.fields):
         raise Fault(2, "--drop leaves no field")
     codes = {"userip": bank.codes, "stats": stats_codes(data, bank.sizes) if "stats" in parts else None,
+             "gap": gap_codes(data, max(bank.sizes)) if "gap" in parts else None,
              **{name: (bank.codes[:, [p]], [bank.sizes[p]]) for name, p in profiles.items()}}
     raw = read_json(Path(args.data) / "meta.json").get("raw")             # sha256 of the files the data came from
     code, began, out = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), time.time(), Path(args.out)
@@ -892,7 +912,8 @@ def overview(rows: dict[str, dict]) -> str:
     """A row each: mean AUC by feature set, then differences. rows: {what: {features: {seed: AUC}}}"""
     names = list(dict.fromkeys(name for by in rows.values() for name in by))
     own = [name for name in names if name not in (*FEATURES, "stats+userip")]
-    pairs = [("userip", "none"), *PAIRS, *((name, "stats") for name in own if "+" in name)]
+    pairs = [("userip", "none"), *PAIRS, *([("userip", "gap")] if "gap" in names else []),
+             *((name, "stats") for name in own if "+" in name)]
     mean = lambda values: f"{np.mean(list(values.values())):.4f}" if values else ""
     text = markdown(["mean AUC", *names], [[key, *(mean(by.get(name)) for name in names)] for key, by in rows.items()])
     return text + "\n\n" + markdown(["ΔAUC", *(f"{a} − {b}" for a, b in pairs)], [

@@ -171,7 +171,8 @@ shop() {
 real() {
   local d=runs/$1 r=results/$1 few=${GIVEN:-deepfm} n part w before=warmctr
   local em="--lm $(printf %q "${LM:-models/default}") --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
-  local fit="--codes 4,8 --steps 3" all=$FEATURES,hobby,background,stats+background
+  local fit="--codes 4,8 --rounds 0 --steps 1 --shrink 20"       # chosen without the test users: results/ml-100k/log.md
+  local all=$FEATURES,hobby,background,stats+background,gap,stats+gap
   local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
   export RUN=$1
   environment

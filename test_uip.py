@@ -1213,6 +1213,19 @@ def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users
     assert len(sizes) == 3 and (codes >= 1).all() and (codes <= sizes).all()
 
 
+def test_ctr_gap_is_how_a_user_rates_what_others_rated(tmp_path):
+    """Four users on two items, by hand: item means over training, shrunk by five; user means shrunk by three."""
+    data = ctr.Data("d", ["user", "item"], [5, 3], np.array([0, 0, 1, 1, 2, 2, 3]), np.array([[1, 1], [1, 2]] * 3 + [[4, 1]]),
+                    np.zeros(7, int), np.array([5, 4, 3, 2, 4, 3, 1], np.float32), np.full(7, np.nan), np.array([0] * 6 + [2]),
+                    np.array(["a", "b", "c", "d"]), "")
+    codes, sizes = ctr.gap_codes(data, 3)
+    # training mean 3.5; items 1.5 / 8 and −1.5 / 8; users a, b, c: 2, −2, 0 over 5
+    assert sizes == [3] and codes.tolist() == [[3], [1], [2], [0]]               # d has no training row
+    known = data._replace(split=np.array([0, 3, 0, 3, 0, 3, 3]))                 # newcomers' terms: rows of part 3
+    # training mean 4 of 5, 3, 4; item 1 as usual, item 2 unseen: a 0, b −2, c −1, d −3, each over 4
+    assert ctr.gap_codes(known, 3)[0].tolist() == [[3], [1], [2], [1]]
+
+
 def test_ctr_one_profile_alone_is_a_feature_set(tmp_path):
     """"hobby" is the bank's first column and nothing else; a table sets it against stats."""
     data, bank, out = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank"), tmp_path / "out"
@@ -2613,9 +2626,11 @@ sys.exit(int(door.recv(9) or 137))
         facts = (".log", "seconds", "seconds.json", ".exit")
         return {name: value for name, value in found.items() if not name.endswith(facts)}
 
-    def fork(self):
+    def fork(self, full_in, at):
         """One call of python: a child in the stage's process group, which sends its exit code."""
         line, _ = self.door.accept()
+        self.calls += 1
+        disk = (lambda: arm(at, full, ("fsync", "mkdir")) and None) if self.calls == full_in else lambda: None
         words, fds, *_ = socket.recv_fds(line, 65536, 2)
         argv, group = json.loads(words)
 
@@ -2629,15 +2644,19 @@ sys.exit(int(door.recv(9) or 137))
             except (uip.Fault, data.Fault, ctr.Fault) as fault:
                 line.send(str(fault.code).encode())
                 raise
-        self.pids.append(child(call, self.said.with_name("unused")))
+        self.pids.append(child(call, self.said.with_name("unused"), disk))
         line.close()
         for fd in fds:
             os.close(fd)
         return group
 
-    def run(self, number=None, seconds=math.inf):
-        """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code"""
+    def run(self, number=None, seconds=math.inf, full_in=0, at=0):
+        """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code
+
+        Or the disk is full at the at-th change that the full_in-th call of python makes.
+        """
         self.settle()
+        self.calls = 0
         with open(self.said, "w") as said:
             run = subprocess.Popen(["bash", "reproduce.sh", "table"], cwd=self.home, env=self.env, stdout=said, stderr=said)
         end, groups = time.time() + seconds, set()
@@ -2649,7 +2668,7 @@ sys.exit(int(door.recv(9) or 137))
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(group, number)
             with contextlib.suppress(TimeoutError):
-                groups.add(self.fork())
+                groups.add(self.fork(full_in, at))
             self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]     # the zombies' end
         self.settle()
         return run.returncode
@@ -2719,15 +2738,19 @@ def drive(folder, lm_folder, data_folder):
     script = Script(folder, lm_folder)
     began = time.time()
     assert script.run() == 0, script.said.read_text()
-    seconds, whole = time.time() - began, script.outcome()
-    for fault in ("SIGKILL", "SIGTERM", "SIGINT"):
+    seconds, whole, calls = time.time() - began, script.outcome(), script.calls
+    for fault in ("SIGKILL", "SIGTERM", "SIGINT", "disk full"):
         draw, found = random.Random(fault), {"trials": 0, "resumed": 0, "lost": 0, "why": []}
         while found["trials"] < 10:
             script.clean()
-            code = script.run(getattr(signal, fault), draw.uniform(0, seconds))
+            if fault == "disk full":
+                code = script.run(full_in=draw.randrange(1, calls + 1), at=draw.randrange(1, 8))
+            else:
+                code = script.run(getattr(signal, fault), draw.uniform(0, seconds))
             if code:
                 found["trials"] += 1
-                codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2)}     # negative: before its traps
+                codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2),     # negative: before its traps
+                         "disk full": (2, 3)}
                 good = code in codes[fault] and script.run() == 0
                 found["resumed" if good and script.outcome() == whole else "lost"] += 1
                 if found["lost"] > len(found["why"]):
