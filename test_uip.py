@@ -1238,7 +1238,7 @@ def test_ctr_one_profile_alone_is_a_feature_set(tmp_path):
     ctr.main(["table", str(out), "--out", str(tmp_path / "t.md")])
     assert "| userip − stats | stats+userip − stats | hobby − stats | stats+hobby − stats |" in (tmp_path / "t.md").read_text()
     assert code_of(ctr, ["run", "--data", str(data), "--bank", str(bank), "--features", "colour", "--out", str(out)]) == (
-        2, "--features: 'colour' is none of none, random, shuffled, stats, userip, hobby, background")
+        2, "--features: 'colour' is none of none, random, shuffled, stats, userip, gap, hobby, background")
 
 
 def test_ctr_chart_is_mermaid_with_the_values_inside_its_axis():
@@ -3276,12 +3276,14 @@ def test_readme_tables_are_made_from_the_results(tmp_path):
         pytest.skip("results or README.md are not those of a commit: a run of your own?")
     copy = shutil.copytree(HERE / "results", tmp_path / "results").parent
     made = [path for path in copy.rglob("*") if path.name == "summary.json" or path.suffix == ".md" and path.name not in
-            ("cards.md", "log.md")]
+            ("cards.md", "log.md", "README.md")]
     assert len(made) >= 10
     for path in made:
         path.unlink()
-    (copy / "README.md").write_text(re.sub(r"(<!-- include \S+ -->\n).*?(<!-- /include -->)", r"\1\2",
-                                           (HERE / "README.md").read_text(), flags=re.S))
-    ctr.main(["tables", str(copy / "results"), str(copy / "README.md")])
-    assert all(path.read_bytes() == (HERE / path.relative_to(copy)).read_bytes() for path in made)
-    assert (copy / "README.md").read_text() == (HERE / "README.md").read_text()
+    pages = [copy / "README.md", copy / "results" / "README.md"]
+    for page in pages:
+        page.write_text(re.sub(r"(<!-- include \S+ -->\n).*?(<!-- /include -->)", r"\1\2",
+                               (HERE / page.relative_to(copy)).read_text(), flags=re.S))
+    ctr.main(["tables", str(copy / "results"), *map(str, pages)])
+    for path in [*made, *pages]:
+        assert path.read_bytes() == (HERE / path.relative_to(copy)).read_bytes(), path
