@@ -43,14 +43,17 @@ hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 2
 at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
 
 CHILD= LOCK=
-stopped() {  # by a signal: the stage's processes go too, then this script
+stopped() {  # by a signal
   trap '' INT TERM HUP
-  if [ -n "$CHILD" ]; then kill -TERM -- "-$CHILD" 2>/dev/null || true; wait 2>/dev/null || true; fi
   echo >&2; echo "Interrupted. The same command goes on from here." >&2
   exit "$1"
 }
-trap 'stopped 130' INT; trap 'stopped 143' TERM; trap 'stopped 129' HUP
-trap '[ -z "$LOCK" ] || rm -f "$LOCK"' EXIT
+leave() {  # however this script ends: the stage's processes end too
+  trap '' INT TERM HUP
+  if [ -n "$CHILD" ]; then kill -TERM -- "-$CHILD" 2>/dev/null || true; wait 2>/dev/null || true; fi
+  [ -z "$LOCK" ] || rm -f "$LOCK"
+}
+trap 'stopped 130' INT; trap 'stopped 143' TERM; trap 'stopped 129' HUP; trap leave EXIT
 
 hold() {  # hold FILE: a link that says who runs the stage. Made in one step; one of a dead process is taken over
   local me owner=nobody pid try
