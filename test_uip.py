@@ -2751,9 +2751,7 @@ def drive(folder, lm_folder, data_folder):
                 found["trials"] += 1
                 codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2),     # negative: before its traps
                          "disk full": (2, 3)}
-                # bash 5.2 now and then cannot parse a trap that comes upon it in the middle of a $(…), and ends by that
-                stumbled = code == 2 and "trap: line" in script.said.read_text()
-                good = (code in codes[fault] or stumbled) and script.run() == 0
+                good = code in codes[fault] and script.run() == 0
                 found["resumed" if good and script.outcome() == whole else "lost"] += 1
                 if found["lost"] > len(found["why"]):
                     left = script.outcome() if good else {}
