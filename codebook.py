@@ -1,86 +1,52 @@
-"""Collaborative IDs: k-means codebooks, and the feature bank that serves each user's codes.
+"""Collaborative IDs: from measurements of users to codes (quantisation module), and the feature bank that serves them.
 
-    python codebook.py bank   --profiles DIR --out DIR               the bank: user id → codes, memory-mapped
-    python codebook.py lookup --bank DIR USER...                     codes of users; exit 4 if one is unknown
+    python codebook.py bank   --profiles DIR... --out DIR            the bank: user id → codes, memory-mapped
+    python codebook.py lookup --bank DIR -- USER...                  codes of users; exit 4 if one is unknown
     python codebook.py verify DIR...                                 is a folder what its meta.json records? else exit 4
     python codebook.py cards  --profiles DIR --data DIR [--out FILE] what each ID means, as Markdown tables
-    python codebook.py score  --profiles DIR --data DIR --out FILE   IDs against known groups (planted data)
-    python codebook.py meaning --profiles DIR --data DIR --out FILE  what IDs tell of known attributes (ml-100k)
-    python codebook.py bench  [--rows N] [--users N] [--out FILE]    speed of k-means and of the bank
 
-Codes count from 0 in arrays named `ids`, and from 1 in a bank and in cards, where 0 means "unknown user".
+A user is measured by what the user's rows tell: g_u = Σ of the values of the texts told, and n_u = Σ of their weights
+(for the LLM's text table: gradients and numbers of value tokens; for plain statistics: one-hot vectors and ones). Then
+g_u / n_u measures how θ_u differs from everybody's, with noise C / n_u (its sign does not matter). `fit_codebook`
+learns
+
+    the directions in which two halves of a user's evidence agree (signal against noise), and, in these coordinates,
+    θ_u ~ N(0, T), g_u / n_u | θ_u ~ N(θ_u, C / n_u)      by EM with closed-form steps (ours): who told little is shrunk
+    z_u = the nearest of K centroids of the posterior means of θ_u, by k-means: the user's ID
+
+Codes count from 0 in arrays named `ids`, where −1 means "no evidence", and from 1
+in a bank and in cards, where 0 means "unknown user".
 """
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import sqlite3
-import sys
-import tempfile
 import time
-import zipfile
-from collections import Counter
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-
-try:
-    import fcntl                                             # neither on Windows
-    import resource
-except ImportError:
-    fcntl = resource = None
-
-
-class Fault(Exception):
-    """A foreseeable fault: a sentence for the user and the exit code (2 usage, 3 access or network, 4 bad data)."""
-
-    def __init__(self, code: int, text: str):
-        super().__init__(text)
-        self.code = code
-
-
-class Progress(tqdm):
-    """A bar with ETA on a terminal (or with UIP_PROGRESS=bar), else a plain line every ten seconds."""
-
-    def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty() and os.environ.get("UIP_PROGRESS") != "bar"
-        if self.plain:
-            kwargs.update(mininterval=10, file=io.StringIO())           # tqdm's own line ends are not wanted
-        super().__init__(*args, delay=2, **kwargs)                      # what is quick needs no bar
-
-    def display(self, *args, **kwargs):
-        if self.plain:
-            print(str(self), file=sys.stderr, flush=True)
-        else:
-            super().display(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------- k-means
 
 class Clusters(NamedTuple):
-    """A codebook and who uses which code."""
+    """Centroids and which of them each row is nearest to."""
     centroids: Tensor      # [K, d] fp32
-    ids: Tensor            # [N] int64, the nearest code
+    ids: Tensor            # [N] int64, the nearest centroid
     inertia: float         # Σ squared distance to the nearest of the centroids returned
     history: list[float]   # inertia at the start of each iteration; never rises (beyond fp32 rounding)
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Rows per chunk: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces.
+def rows_per_chunk(x: Tensor) -> int:
+    """Rows of x [N, d] to handle at once: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces.
 
     At most 8,192 on a CPU, whose sums over a chunk are fp32, one row after the other.
     """
@@ -88,8 +54,8 @@ def chunk_rows(x: Tensor) -> int:
     return max(1, min(8192, 2**21 // width) if x.device.type == "cpu" else 2**26 // width)
 
 
-def closest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
-    """argmin_k |c_k|²/2 − x·c_k, x [n, d], c [K, d], half [K] -> ids [n]: |x|² is the same for all codes."""
+def nearest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
+    """argmin_k |c_k|²/2 − x·c_k for x [n, d], c [K, d], half = |c|²/2 [K] → [n] (|x|² is the same for all codes)."""
     scores = torch.addmm(half, x, c.T, alpha=-1)                       # (n, K)
     if scores.device.type == "cpu":                                    # numpy's argmin: half the time for many codes
         return torch.from_numpy(scores.numpy().argmin(1))
@@ -98,30 +64,30 @@ def closest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Nearest centroid: x [N, d], centroids [K, d] -> (ids [N] int64, squared distances [N] fp32).
+    """Nearest centroid: x [N, d], centroids [K, d] → (ids [N] int64, squared distances [N] fp32).
 
     Both are moved by the centroids' mean first: |x|² − 2xc + |c|² cancels badly far from 0.
     """
-    shift = centroids.mean(0)
+    shift = centroids.double().mean(0)
     c, ids, distances = (centroids - shift).float(), [], []
     half = 0.5 * c.square().sum(1)                                     # (K,)
-    for part in x.split(chunk or chunk_rows(x)):
+    for part in x.split(chunk or rows_per_chunk(x)):
         part = (part - shift).float()                                  # (n, d)
-        ids.append(closest(part, c, half))
+        ids.append(nearest(part, c, half))
         distances.append((part - c[ids[-1]]).square().sum(1))
     return torch.cat(ids), torch.cat(distances)
 
 
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn by its squared distance."""
+    """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn by its squared distance. → [k, d]"""
     draw = lambda: torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
-    norms, nearest, chosen = torch.linalg.vector_norm(x, dim=1).square(), None, [int(draw() * len(x))]
+    norms, closest, chosen = torch.linalg.vector_norm(x, dim=1).square(), None, [int(draw() * len(x))]
     while len(chosen) < k:
         c = x[chosen[-1]]
         distance = (norms - 2 * (x @ c) + c @ c).clamp_min(0)          # (N,)
-        nearest = distance if nearest is None else torch.minimum(nearest, distance)
-        nearest[chosen] = 0
-        mass = nearest.double().cumsum(0)
+        closest = distance if closest is None else torch.minimum(closest, distance)
+        closest[chosen] = 0
+        mass = closest.double().cumsum(0)
         point = draw()
         if mass[-1] > 0:
             chosen.append(min(int(torch.searchsorted(mass, point * mass[-1], right=True)), len(x) - 1))
@@ -131,21 +97,21 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def sums_by_code(rows: Tensor, codes: Tensor, k: int) -> Tensor:
-    """Σ of the rows [m, d] of each code [m] -> [k, d]. Adding rows is d operations a row, a one-hot product k · d;
+    """Σ of the rows [m, d] of each code [m] → [k, d]. Adding rows is d operations a row, a one-hot product k · d;
     but on a GPU only the product gives the same bits every time."""
     if rows.device.type == "cpu":
         return rows.new_zeros(k, rows.shape[1]).index_add_(0, codes, rows)
     return (torch.arange(k, device=rows.device)[:, None] == codes).float() @ rows
 
 
-def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
-    """One assignment of x [N, d] to c [K, d], ids [N] and sums [K, d] (fp64) updated in place: how many moved.
+def assign_and_accumulate(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
+    """Assigns x [N, d] to c [K, d], updating ids [N] and sums [K, d] (fp64) in place. Returns how many rows moved.
 
     Only rows that moved change the sums (ours): soon they are few. ids start at −1, no code's row.
     """
     half, moved = 0.5 * c.square().sum(1), 0
-    for part, old in zip(x.split(chunk_rows(x)), ids.split(chunk_rows(x))):
-        new = closest(part, c, half)                                   # (n,)
+    for part, old in zip(x.split(rows_per_chunk(x)), ids.split(rows_per_chunk(x))):
+        new = nearest(part, c, half)                                   # (n,)
         who = (new != old).nonzero().flatten()                         # (m,)
         if len(who):
             rows = part if len(who) == len(part) else part.index_select(0, who)         # (m, d)
@@ -157,7 +123,7 @@ def sweep(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
     return moved
 
 
-def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> Tensor:
+def update_centroids(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> Tensor:
     """New centroids [K, d]. An empty code takes the row farthest from its centroid out of its old cluster.
 
     Several empty codes take several rows (as in scikit-learn). A cluster that lost its only row stays where it was.
@@ -173,34 +139,21 @@ def means(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> Tensor:
     return torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), c)
 
 
-def lloyd(x: Tensor, c: Tensor, mean: Tensor, total: float, iters: int) -> Clusters:
-    """At most `iters` Lloyd iterations on x [N, d] from c [K, d], then one assignment to what is returned.
+def lloyd(x: Tensor, c: Tensor, total: float, iters: int) -> tuple[Tensor, list[float]]:
+    """At most `iters` Lloyd iterations on centred x [N, d] from c [K, d] → centroids, inertia of each iteration.
 
-    x and c are centred: `mean` is added to the centroids returned. total: Σ|x|². Stops when no row moves.
+    total: Σ|x|². Stops when no row moves. Σ|x − c|² = Σ|x|² − 2 Σ_k s_k·c_k + Σ_k n_k |c_k|²: K × d work, not N × d.
     """
-    ids = torch.full((len(x),), -1, device=x.device)
-    sums, history = torch.zeros(c.shape, dtype=torch.float64, device=x.device), []
-
-    def inertia() -> float:
-        """Σ|x − c|² = Σ|x|² − 2 Σ_k s_k·c_k + Σ_k n_k |c_k|²: K × d work instead of N × d."""
-        wide, counts = c.double(), ids.bincount(minlength=len(c))
-        return max(0.0, total + float((counts * wide.square().sum(1)).sum() - 2 * (sums * wide).sum()))
-
-    moved = -1
+    ids, history = torch.full((len(x),), -1, device=x.device), []
+    sums = torch.zeros(c.shape, dtype=torch.float64, device=x.device)
     for _ in range(iters):
-        moved = sweep(x, c, ids, sums)
-        history.append(inertia())
+        moved = assign_and_accumulate(x, c, ids, sums)
+        wide, counts = c.double(), ids.bincount(minlength=len(c))
+        history.append(max(0.0, total + float((counts * wide.square().sum(1)).sum() - 2 * (sums * wide).sum())))
         if not moved:
             break
-        c = means(x, c, ids, sums)
-    rounded = (c + mean).float()
-    last, c = c, (rounded - mean).float()
-    if moved or (c - last).abs().max() > 1e-7 * last.abs().max():      # else the last sweep was by these centroids
-        sweep(x, c, ids, sums)
-    value = inertia()
-    if value < 1e-3 * total:                                           # a difference of two large numbers
-        value = float(assign(x, c)[1].double().sum())
-    return Clusters(rounded, ids, value, history)
+        c = update_centroids(x, c, ids, sums)
+    return c, history
 
 
 @torch.no_grad()
@@ -210,55 +163,55 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
 
     Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that
     equal data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored).
-    Exactly `iters` iterations unless no row moves any more. Memory: 8 bytes a row, and a centred fp32 copy of x
-    unless x is fp32 and its mean is small beside its spread.
+    Exactly `iters` iterations unless no row moves any more. ids and inertia are those of `assign(x, centroids)`.
+    Memory: 8 bytes a row, and a centred fp32 copy of x unless x is fp32 and its mean is small beside its spread.
     The default generator is seeded with 0; the global one is never used.
-    Raises Fault 2 for a bad shape, k < 1, k > N or an unfit init; Fault 4 for NaN, infinite or huge values.
+    Raises ValueError for a bad shape, k < 1, k > N, an unfit init, or NaN, infinite or huge values.
     """
     if x.ndim != 2 or x.shape[1] == 0:
-        raise Fault(2, f"k-means needs a table [rows, dimensions], got the shape {list(x.shape)}")
+        raise ValueError(f"k-means needs a table [rows, dimensions], got the shape {list(x.shape)}")
     if not 1 <= k <= len(x):
-        raise Fault(2, f"k-means needs at least one code and as many rows as codes: {k} codes, {len(x)} rows")
+        raise ValueError(f"k-means needs at least one code and as many rows as codes: {k} codes, {len(x)} rows")
     if iters < 0 or n_init < 1:
-        raise Fault(2, f"k-means needs iters >= 0 and n_init >= 1, got {iters} and {n_init}")
+        raise ValueError(f"k-means needs iters >= 0 and n_init >= 1, got {iters} and {n_init}")
     if init is not None and init.shape != (k, x.shape[1]):
-        raise Fault(2, f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
+        raise ValueError(f"k-means init has the shape {list(init.shape)}, needs {[k, x.shape[1]]}")
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     square = lambda rows: float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-    mean, total, centred = x.mean(0), square(x), None
-    largest = total / len(x)                                           # mean |x|², before the mean is taken off
+    mean, total = x.mean(0), square(x)
+    size = math.sqrt(total / len(x))                                   # root mean |x|², before the mean is taken off
     if len(x) * float(mean.square().sum()) < 0.1 * total < 1e36:       # centred enough for fp32: no copy of x
         mean, centred = torch.zeros_like(mean), x.float()
     else:
+        centred = None
         if x.device.type == "cpu":                                     # numpy asks for huge pages, torch does not:
             centred = torch.from_numpy(np.empty(x.shape, np.float32))  # half the time of all before the loop
-        centred = torch.sub(x, mean, out=centred).float()              # (N, d)
+        centred = torch.sub(x, mean, out=centred if x.dtype == torch.float32 else None).float()       # (N, d)
         total = square(centred)
     if not total < 1e37 or init is not None and not init.isfinite().all():
         bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
         where = f"row {bad[0]} is the first of {len(bad)}" if bad else "in init, or the squares overflow"
-        raise Fault(4, f"k-means got NaN, infinite or huge values ({where})")
+        raise ValueError(f"k-means got NaN, infinite or huge values ({where})")
     generator = generator or torch.Generator().manual_seed(0)
-    best = None
+    best, history = None, [math.inf]
     for _ in range(n_init if init is None else 1):
         start = seed_centroids(centred, k, generator) if init is None else (init.to(x) - mean).float()
-        found = lloyd(centred, start, mean, total, iters)
-        if best is None or found.inertia < best.inertia:
-            best = found
-    best = best._replace(ids=together(best, torch.finfo(x.dtype).eps ** 2 * largest))
-    return best if init is not None else canonical(best)
+        found, inertias = lloyd(centred, start, total, iters)
+        if best is None or inertias and inertias[-1] < history[-1]:
+            best, history = found, inertias
+    centroids = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size).float()
+    ids, distances = assign(x, centroids)
+    clusters = Clusters(centroids, ids, float(distances.double().sum()), history)
+    return clusters if init is not None else canonical_order(clusters)
 
 
-def together(clusters: Clusters, rounding: float) -> Tensor:
-    """ids [N], where of codes that only rounding tells apart the first has all rows: equal users, equal IDs.
-
-    rounding: squared error of the data's own arithmetic; codes within 64 times its root are one.
-    """
-    c = clusters.centroids.double()
-    return (torch.cdist(c, c) <= 64 * rounding ** 0.5).int().argmax(1)[clusters.ids]
+def merge_equal_codes(centroids: Tensor, rounding: float) -> Tensor:
+    """Centroids [K, d], where those within `rounding` of an earlier one become that one: equal users, equal IDs."""
+    same = torch.cdist(centroids.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist") <= rounding
+    return centroids[same.int().argmax(1)]
 
 
-def canonical(clusters: Clusters) -> Clusters:
+def canonical_order(clusters: Clusters) -> Clusters:
     """The same codes by size, largest first, then by first, second, … coordinate."""
     centroids, ids, rows = clusters.centroids, clusters.ids, clusters.centroids.tolist()
     size = ids.bincount(minlength=len(rows)).tolist()
@@ -266,196 +219,340 @@ def canonical(clusters: Clusters) -> Clusters:
     return clusters._replace(centroids=centroids[order], ids=order.argsort()[ids])
 
 
-def vq(theta: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8, seed: int = 0,
+@torch.enable_grad()
+def vq(x: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8,
        generator: torch.Generator | None = None) -> Clusters:
     """The gradient-trained codebook of the authors' code, for the ablation: it collapses, k-means does not.
 
-    theta [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[θ] − e‖² to the nearest code on random minibatches,
+    x [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[x] − e‖² to the nearest code on random minibatches,
     and nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
     """
-    generator = generator or torch.Generator().manual_seed(seed)
-    codes = (2 * torch.rand(k, theta.shape[1], generator=generator) - 1) / k                # (K, d)
-    codes = codes.to(theta.device).requires_grad_()
+    generator = generator or torch.Generator().manual_seed(0)
+    codes = (2 * torch.rand(k, x.shape[1], generator=generator) - 1) / k                    # (K, d)
+    codes = codes.to(x.device).requires_grad_()
     adam, history = torch.optim.Adam([codes], lr=lr), []
     for _ in range(steps):
-        rows = theta[torch.randint(len(theta), (batch,), generator=generator)].detach().float()      # (b, d)
+        rows = x[torch.randint(len(x), (batch,), generator=generator)].detach().float()     # (b, d)
         loss = (rows - codes[assign(rows, codes.detach())[0]]).square().sum(1).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
-        history.append(float(loss.detach()) * len(theta))
-    ids, distance = assign(theta.detach(), codes.detach())
+        history.append(float(loss.detach()) * len(x))
+    ids, distance = assign(x.detach(), codes.detach())
     return Clusters(codes.detach(), ids, float(distance.double().sum()), history)
 
 
 def perplexity(ids, k: int) -> float:
     """exp(entropy) of the usage of k codes: 1 = all on one code, k = even use. ids [N] in 0 … k − 1."""
-    share = torch.bincount(torch.as_tensor(ids).flatten().long(), minlength=k).double() / len(ids)
+    share = torch.bincount(torch.as_tensor(ids).flatten().long(), minlength=k).double() / max(1, len(ids))
     return float(torch.special.entr(share).sum().exp())
 
 
-def ari(a, b) -> float:
-    """Adjusted Rand index of two labellings [N] (Hubert & Arabie 1985): 1 = same, 0 = chance; nan for N = 0."""
-    a, b = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (a, b))
-    if len(a) != len(b):
-        raise ValueError(f"two labellings of {len(a)} and {len(b)} rows")
-    if not len(a):
-        return float("nan")
-    pairs = lambda counts: float((counts * (counts - 1.0) / 2).sum())
-    both = pairs(np.unique(a * (b.max() + 1) + b, return_counts=True)[1])
-    rows, columns, everything = pairs(np.bincount(a)), pairs(np.bincount(b)), pairs(np.array([len(a)]))
-    expected = rows * columns / everything if everything else 0.0
-    span = (rows + columns) / 2 - expected
-    return (both - expected) / span if span else 1.0
+# ---------------------------------------------------------------------------------- measurements and directions
+
+class Evidence(NamedTuple):
+    """What R rows tell, in any kind of value: row r tells texts text[indptr[r]:indptr[r + 1]] (CSR)."""
+    indptr: Tensor         # [R + 1] int64
+    text: Tensor           # [nnz] int64, rows of `value`
+    value: Tensor          # [T, D] fp32, for example the gradient of each distinct text
+    weight: Tensor         # [T] fp32 ≥ 0, how much a text says: its value tokens, or 1
 
 
-# ----------------------------------------------------------------------------------------------------- files
-
-def as_json(value) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or the files of a folder, to the disk."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+def sum_texts(indptr: Tensor, text: Tensor, value: Tensor) -> Tensor:
+    """Σ of value [T, q] over each row's texts → [R, q] in value's dtype."""
+    if not len(text):
+        return value.new_zeros(len(indptr) - 1, value.shape[1])
+    return F.embedding_bag(text, value, indptr[:-1], mode="sum")
 
 
-def publish(path: Path, write) -> None:
-    """A file appears whole or not at all: `write(file)` into NAME.tmp, fsync, rename."""
-    fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+def group_texts(indptr: Tensor, text: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The texts of all rows of each group: CSR (indptr [groups + 1], text [nnz]); group [R] int64 in 0 … groups − 1.
 
-
-def write_text(path: Path, text: str) -> None:
-    publish(path, lambda file: file.write(text.encode()))
-
-
-@contextmanager
-def alone(path: Path):
-    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
-
-    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
+    Within a group, texts stay in the order of the rows.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise Fault(2, f"{path.parent} is a file, not a folder") from None
-    while True:
-        file = open(path, "a+")
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
-                           "it, or choose another --out") from None
-        except OSError:                                            # a file system without locks
-            pass
-        with suppress(FileNotFoundError):                          # else the last holder has just removed the file
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            file.close()
+    order = group.argsort(stable=True)
+    size = indptr.diff()[order]                                        # (R,)
+    end = torch.cat([size.new_zeros(1), size.cumsum(0)])
+    shift = (indptr[:-1][order] - end[:-1]).repeat_interleave(size)    # (nnz,) from the new place to the old
+    return end[torch.searchsorted(group[order], torch.arange(groups + 1))], text[torch.arange(len(shift)) + shift]
 
 
-def facts(began: float, program: str) -> dict:
-    """How, when and where a command ran: all that may differ between two runs with equal results. → meta.json's "run"."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
-        if resource else None
-    gpu = {"gpu": torch.cuda.get_device_name(), "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20} \
-        if torch.cuda.is_available() else {}
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy") if find_spec(name)}
-    return {"command": shlex.join(["python", program, *sys.argv[1:]]), "seconds": round(time.time() - began, 1),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), "peak_mb": peak,
-            "machine": {**machine(), **gpu}, "versions": {"python": platform.python_version(), **versions}}
+def split_halves(user: Tensor, item: Tensor) -> Tensor:
+    """Half A (False) or B (True) of each row, bool [R]: a user's distinct items go to A and B in turn.
+
+    user, item: [R] int64, each user's rows in order. All rows of one item fall into one half, so no text that is told
+    of an item by all its buyers stands in both halves of a user.
+    """
+    pairs, pair = torch.unique(user * (int(item.max()) + 1) + item, return_inverse=True)
+    first = torch.full((len(pairs),), len(user)).scatter_reduce_(0, pair, torch.arange(len(user)), "amin")
+    order = first.argsort()                                            # distinct (user, item) in the order of rows
+    owner = user[first[order]]                                         # (pairs,) rows of one user lie together
+    start = torch.cat([torch.tensor([True]), owner[1:] != owner[:-1]])
+    index = torch.arange(len(owner))
+    turn = index - torch.where(start, index, 0).cummax(0).values       # 0, 1, 2 … within the user
+    half = torch.empty(len(pairs), dtype=torch.bool)
+    half[order] = turn % 2 == 1
+    return half[pair]
 
 
-def unreadable(path: Path, error: Exception) -> Fault:
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return Fault(4, f"{path} does not exist")
-    return Fault(3 if isinstance(error, PermissionError) else 4, f"{path} cannot be read: {error}")
+def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, most: int = 16, nulls: int = 10):
+    """Directions in which two halves of a user's evidence agree more than chance (ours).
+
+    a, b: [N, D] Σ of a user's values in each half; n_a, n_b: [N] Σ of weights, > 0. What the halves share across users
+    is the user, the rest is noise: C_signal = sym cov(ā, b̄), C_noise = cov(ā − b̄) per unit of weight. Directions are
+    the generalised eigenvectors of (C_signal, C_noise / n + ε) at the median user's n. As many are kept as have a
+    larger eigenvalue than any of `nulls` trials in which B is another user's (parallel analysis, Horn 1965), 1 to
+    `most`.
+    → directions [D, q] fp64, eigenvalues [min(D, 32)], the largest eigenvalue by chance.
+    """
+    n_a, n_b = n_a.double(), n_b.double()                              # products over users in fp32, the rest in fp64
+    a, b = a.float() / n_a[:, None].float(), b.float() / n_b[:, None].float()
+    both = n_a * n_b / (n_a + n_b)                                     # Var(ā − b̄) = C / both
+    trust = both / (both + both.median())                              # a user with much evidence counts up to once
+    share = (trust / trust.sum()).float()[:, None]                     # (N, 1)
+    middle = ((a + b) * share).sum(0) / 2
+    gap = (a - b) * both.sqrt().float()[:, None]
+    noise = (gap.T @ gap).double() / len(a) / (n_a + n_b).median()     # (D, D) of the median user's mean
+    ridge = noise.trace() / len(noise) + 1e-12 * (1 + a.square().mean())
+    values, vectors = torch.linalg.eigh(noise + ridge * torch.eye(len(noise), dtype=noise.dtype, device=a.device))
+    whiten = vectors / values.sqrt()                                   # (D, D): whitenᵀ (noise + ε) whiten = 1
+    a, b = (a - middle) * share, b - middle
+
+    def signal(other: Tensor) -> Tensor:                               # whitened after the sum over users, D × D
+        product = whiten.T @ (a.T @ other).double() @ whiten
+        return (product + product.T) / 2
+
+    generator, chance = torch.Generator().manual_seed(0), 0.0
+    for _ in range(nulls):
+        shift = int(torch.randint(1, max(2, len(a)), (), generator=generator))
+        chance = max(chance, float(torch.linalg.eigvalsh(signal(b.roll(shift, 0)))[-1]))
+    eigenvalues, vectors = torch.linalg.eigh(signal(b))
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    q = min(most, max(1, int((eigenvalues > chance).sum())))
+    return whiten @ vectors[:, :q], eigenvalues[:32], chance
 
 
-def need(path: Path, found, keys) -> None:
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise Fault(4, f"{path} has no {', '.join(map(repr, missing))}")
+# ----------------------------------------------------------------------------------- posterior of a user, and codes
+
+class Codebook(NamedTuple):
+    """One profile's codes, and the coordinates that they live in."""
+    mean: Tensor           # [D] mean measurement per unit of weight
+    directions: Tensor     # [D, q]
+    noise: Tensor          # [q] variance of one unit of weight; a user's mean has noise / n_u
+    prior: Tensor          # [q] T, the variance of θ_u over users
+    pi: Tensor             # [K] share of the users
+    mu: Tensor             # [K, q] centroids of the posterior means
+    spread: Tensor         # [q] mean squared distance of posterior means to their centroid
+    eigenvalues: Tensor    # [≤ 32] signal over noise of the median user, by direction
+    chance: float          # the largest eigenvalue that unrelated halves gave
+    history: list[float]   # log-likelihood of all measurements after each EM round; never falls
+
+    def project(self, value: Tensor, weight: Tensor) -> Tensor:
+        """Coordinates of values [T, D] of `weight` [T] → [T, q] fp64. Linear: sums of texts are sums of coordinates."""
+        return (value.double() - weight.double()[:, None] * self.mean) @ self.directions
 
 
-MOST_JSON, MOST_UNPACKED = 2**24, 2**28        # bytes of a JSON file, and of a packed .npz unpacked: more is a trap
+def posterior(z: Tensor, n: Tensor, noise: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """E-step: mean and variance of θ_u given its evidence, [N, q] each; z [N, q] sums of coordinates, n [N] > 0.
+
+    θ_u ~ N(0, T) is measured by z/n with noise/n, so who told little is shrunk much, with no setting for it.
+    """
+    error = noise / n[:, None]
+    keep = 1 / (1 + error / prior)
+    return keep * z / n[:, None], keep * error
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has these keys, else Fault."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"larger than {MOST_JSON} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        as_json(found).encode()                                        # no lone surrogates: what is read can be written
-    except (OSError, ValueError, RecursionError) as error:
-        raise unreadable(path, error) from None
-    need(path, found if isinstance(found, dict) else (), keys)
+def learn_prior(z: Tensor, n: Tensor, noise: Tensor, rounds: int = 500) -> tuple[Tensor, list[float]]:
+    """EM for T, the variance of θ_u over users: z [N, q], n [N] > 0 → prior [q], log-likelihood after each round."""
+    y, error, history = z / n[:, None], noise / n[:, None], []
+    prior = y.square().mean(0).clamp_min(1e-300)
+    for _ in range(rounds):
+        total = prior + error
+        history.append(float(-0.5 * (y.square() / total + (2 * math.pi * total).log()).sum()))
+        if len(history) > 1 and history[-1] - history[-2] < 1e-7 * y.numel():
+            break
+        mean, variance = posterior(z, n, noise, prior)                 # E-step
+        prior = (mean.square() + variance).mean(0).clamp_min(1e-300)   # M-step
+    return prior, history
+
+
+def responsibilities(book: Codebook, z: Tensor, n: Tensor) -> Tensor:
+    """P(code | evidence) ∝ N(posterior mean; μ_k, spread + posterior variance): z [N, q], n [N] → r [N, K] fp64.
+
+    A user's ID is the most probable code: the nearest centroid, each direction in units of its variance. Without
+    evidence (n = 0) r is π.
+    """
+    known = n > 0
+    r = book.pi.repeat(len(z), 1)
+    mean, variance = posterior(z[known], n[known], book.noise, book.prior)
+    scale = 1 / (variance + book.spread)                               # (N, q)
+    r[known] = ((mean * scale) @ book.mu.T - 0.5 * scale @ book.mu.T.square()).softmax(1)
+    return r
+
+
+def fit_codes(book: Codebook, z: Tensor, n: Tensor, k: int, seed: int = 0, without: str = "") -> Codebook:
+    """k codes on the posterior means of users (paper, quantisation module); z [N, q], n [N] > 0, k ≤ N."""
+    mean = posterior(z, n, book.noise, book.prior)[0]
+    found = (vq if without == "kmeans" else kmeans)(mean, k, generator=torch.Generator().manual_seed(seed))
+    spread = (mean - found.centroids[found.ids]).square().mean(0)
+    pi = torch.bincount(found.ids, minlength=k).double() / len(mean)
+    spread = spread.clamp_min(1e-12 * mean.square().mean(0) + 1e-300)
+    return book._replace(pi=pi, mu=found.centroids.double(), spread=spread)
+
+
+@torch.no_grad()
+def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16,
+                 most_users: int = 8192, seed: int = 0, without: str = "") -> tuple[Codebook, Tensor, Tensor]:
+    """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
+
+    evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
+    number of users with evidence. directions: at most so many. most_users: directions are found on the first so many
+    users with two halves (rows of users must come in no meaningful order). without: "signal" (principal components
+    instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
+    Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
+    """
+    indptr, text, value, weight = evidence
+    halves = group_texts(indptr, text, 2 * user + split_halves(user, item), 2 * users)      # CSR by (user, half)
+    n_half = sum_texts(*halves, weight.double()[:, None]).reshape(users, 2)
+    n = n_half.sum(1)
+    if not (n > 0).any():
+        raise ValueError("no user has evidence of this profile: there is nothing to make a codebook of")
+    counts = torch.bincount(text, minlength=len(value)).double()
+    mean = (counts @ value.double()) / (counts @ weight.double())                            # (D,)
+    centred = value.double() - weight.double()[:, None] * mean                               # (T, D)
+
+    paired = (n_half > 0).all(1).nonzero().flatten()
+    if without != "signal" and len(paired) >= 2:
+        some = paired[:most_users]
+        first = halves[0][:2 * int(some[-1]) + 3]                      # CSR of the users up to the last of them
+        sums = sum_texts(first, halves[1][:first[-1]], centred.float()).reshape(-1, 2, centred.shape[1])[some]
+        v, eigenvalues, chance = find_directions(sums[:, 0], n_half[some, 0], sums[:, 1], n_half[some, 1], directions)
+    else:
+        scaled = centred * counts.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled / counts.sum())
+        v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
+    z_half = sum_texts(*halves, centred @ v).reshape(users, 2, -1)     # (users, 2, q)
+    z, known = z_half.sum(1), n > 0
+    if len(paired) >= 2:                                               # noise: how far halves differ, per weight
+        gap = z_half[paired, 0] / n_half[paired, 0, None] - z_half[paired, 1] / n_half[paired, 1, None]
+        noise = (gap.square() * (n_half[paired].prod(1) / n[paired])[:, None]).mean(0)
+    else:
+        noise = (z[known].square() / n[known, None]).mean(0)
+    noise = noise.clamp_min(1e-300)
+    prior, history = learn_prior(z[known], n[known], noise)
+    if without == "em":                                                # no shrinking
+        prior, history = torch.full_like(noise, math.inf), []
+    blank = torch.zeros(0, dtype=torch.float64)
+    book = Codebook(mean, v, noise, prior, blank, blank, blank, eigenvalues, chance, history)
+    return fit_codes(book, z[known], n[known], min(k, int(known.sum())), seed, without), z, n
+
+
+def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
+               rows: int = 65_536) -> tuple[Tensor, Tensor]:
+    """Each row's ID from the first seen[r] rows of its user: ids [R] int64 (−1: no evidence), probability [R] fp32.
+
+    user: [R] int64, rows sorted by user and then by time. Whole users at a time, about `rows` rows: memory does not
+    grow with R, and the pieces stay in a CPU's cache.
+    """
+    value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight.double()[:, None]], 1)
+    ids, sure, begin = torch.empty(len(user), dtype=torch.int64), torch.empty(len(user)), 0
+    while begin < len(user):
+        end = int(torch.searchsorted(user, user[min(begin + rows, len(user)) - 1], right=True))
+        pointer = evidence.indptr[begin:end + 1]
+        sums = sum_texts(pointer - pointer[0], evidence.text[pointer[0]:pointer[-1]], value)
+        both = sums_before(sums, user[begin:end], seen[begin:end])
+        sure[begin:end], code = responsibilities(book, both[:, :-1], both[:, -1]).max(1)
+        ids[begin:end] = torch.where(both[:, -1] > 0, code, -1)
+        begin = end
+    return ids, sure
+
+
+def sums_before(z: Tensor, user: Tensor, seen: Tensor) -> Tensor:
+    """Σ of z [R, q] over the first seen[r] rows of row r's user → [R, q]: the past of every row at once.
+
+    user: [R] int64, rows sorted by user and then by time; seen: [R] int64, at most the user's number of rows.
+    """
+    start = torch.searchsorted(user, user)                             # first row of the same user
+    before = torch.cat([z.new_zeros(1, z.shape[1]), z.cumsum(0)])      # (R + 1, q)
+    return before[start + seen] - before[start]
+
+
+def explained_variance(book: Codebook, z: Tensor, n: Tensor, sizes=(2, 4, 8, 16, 32)) -> dict[int, float]:
+    """Share of the variance of held-out users' posterior means that K codes explain: a guide to K (ours)."""
+    z, n, found = z[n > 0], n[n > 0], {}
+    held = torch.arange(len(z)) % 5 == 0
+    mean = posterior(z, n, book.noise, book.prior)[0][held]
+    for k in sizes:
+        if k < int((~held).sum()):
+            mu = fit_codes(book, z[~held], n[~held], k).mu
+            found[k] = 1 - float(assign(mean, mu)[1].double().sum() / (mean - mean.mean(0)).square().sum())
     return found
 
 
-def read_array(file, size: int) -> np.ndarray:
-    """An .npy of `size` bytes. ValueError if its header promises more: numpy would allocate that before it reads."""
-    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, _, dtype = head[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or math.prod(shape) * max(1, dtype.itemsize) > size:
-        raise ValueError(f"{shape} of {dtype} in {size} bytes")
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+def select_texts(indptr: Tensor, text: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The CSR (indptr [R + 1], text [nnz]) without the texts where keep [T] is False."""
+    kept = keep[text]
+    return torch.cat([indptr.new_zeros(1), kept.cumsum(0)])[indptr], text[kept]
 
 
-def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
-    """All arrays of an .npz that has these keys, else Fault."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
-            need(path, members, keys)
-            if sum(info.file_size for info in members.values()) > max(MOST_UNPACKED, 2 * path.stat().st_size):
-                raise ValueError(f"it would unpack to more than {MOST_UNPACKED} bytes")
-            return {name: read_array(file.open(info), info.file_size) for name, info in members.items()}
-    except Fault:
-        raise
-    except Exception as error:                                         # whatever damage makes zipfile and numpy raise
-        raise unreadable(path, error) from None
+def select_rows(indptr: Tensor, text: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The CSR (indptr [R + 1], text [nnz]) of some rows, in the order of `rows` [r] (ascending)."""
+    size = indptr.diff()
+    keep = torch.zeros(len(size), dtype=torch.bool)
+    keep[rows] = True
+    return torch.cat([indptr.new_zeros(1), size[rows].cumsum(0)]), text[keep.repeat_interleave(size)]
+
+
+def bag_of_words(texts: list[str], width: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Σ over a text's words of one random direction per word: the words without what an LLM knows of them (control).
+
+    → [T, width] fp32, number of words [T] fp32. A word's direction depends on the word alone.
+    """
+    cache, value, count = {}, np.zeros((len(texts), width), np.float32), np.zeros(len(texts), np.float32)
+    for row, text in enumerate(texts):
+        for word in text.lower().split():
+            if word not in cache:
+                seed = np.frombuffer(word.encode(), np.uint8).tolist()
+                cache[word] = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+            value[row] += cache[word]
+            count[row] += 1
+    return value, count
 
 
 # ---------------------------------------------------------------------------------------------- feature bank
 
-VERSION = 1
-BLOCK, BLOCKS = 1 << 16, 64          # open() hashes at most 64 blocks of 64 KiB of a file: 4 MiB
+VERSION = 2
+
+
+def as_ids(users) -> np.ndarray:
+    """User ids as an array of texts [n]; whole numbers count as their decimal text. ValueError for anything else."""
+    if isinstance(users, np.ndarray) and users.ndim != 1:
+        raise ValueError(f"user ids come as one list, not in the shape {list(users.shape)}")
+    if not isinstance(users, np.ndarray) or users.dtype.kind == "O":   # numpy would make texts of floats and None
+        users = list(users)
+        kinds = set(map(type, users))
+        for kind in kinds:
+            if kind is bool or not issubclass(kind, (str, int, np.integer)):
+                raise ValueError(f"user ids are texts or whole numbers, not {kind.__name__}")
+        users = np.array(users if kinds <= {str} else list(map(str, users)), str)
+    if users.dtype.kind not in "Uiu" and len(users):
+        raise ValueError(f"user ids are texts or whole numbers, not {users.dtype}, such as {users[0]!r}")
+    return users.astype(str)
 
 
 def hash_users(users) -> np.ndarray:
-    """64-bit keys of user ids. users: str array or list [n] -> uint64 [n].
+    """64-bit keys of user ids. users: iterable of n texts or whole numbers → uint64 [n].
 
-    FNV-1a over code points, then murmur3's finaliser. Integers count as their decimal text. The array's width does
-    not matter: padding NULs are skipped.
+    FNV-1a over code points, then murmur3's finaliser. The array's width does not matter: padding NULs are skipped.
     """
-    a = np.asarray(users).reshape(-1).astype(str)
+    a = as_ids(users)
     a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
     points, prime = a.view(np.uint32).reshape(len(a), a.itemsize // 4), np.uint64(0x100000001B3)      # (n, W)
     width, h = points.shape[1], np.full(len(a), 0xCBF29CE484222325, np.uint64)
     while width and not points[:, width - 1].any():
         width -= 1
-    for column in points[:, :width].T:                                 # (n,)
-        column, text = column.astype(np.uint64), column != 0
+    for column in points[:, :width].T.astype(np.uint64, order="C"):    # (n,)
+        text = column != 0
         h = (h ^ column) * prime if text.all() else np.where(text, (h ^ column) * prime, h)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
@@ -473,158 +570,8 @@ def hash_user(user: str) -> int:
     return h ^ (h >> 33)
 
 
-def digest(path: Path, sample: bool = False) -> str:
-    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
-    size, sha = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, BLOCK)
-    if sample:
-        sha.update(str(size).encode())
-        if len(starts) > BLOCKS:
-            starts = np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist()
-    with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
-            sha.update(file.read(BLOCK))
-    return sha.hexdigest()
-
-
-def seal(meta: dict) -> str:
-    """sha256 of a bank's meta.json without its own seal and the facts of the run that made it."""
-    rest = {key: value for key, value in meta.items() if key not in ("seal", "run")}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def replaced(folder: Path) -> Path:
-    """Where the old bank stands while the new one takes its place."""
-    return folder.with_name(folder.name + ".replaced")
-
-
-def identity(folder: Path) -> tuple | None:
-    """Tells a folder from another that took its name; None: there is none."""
-    with suppress(OSError):
-        found = os.stat(folder)
-        return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-class Bank:
-    """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped: readers share one page cache.
-
-    keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], codebook.npz (names, mu_p), meta.json: 8 + P bytes a user
-    up to 255 codes. open() is fast at any size and therefore hashes only samples of files above 4 MiB: it sees every
-    truncated or exchanged file, and every altered byte of files up to 4 MiB; verify() reads everything.
-    A new bank takes the place of the old in two renames; a reader sees one of the two, and keeps the one it has open.
-    """
-
-    FILES = ("keys.npy", "codes.npy", "codebook.npz")
-
-    def __init__(self, folder: Path, meta: dict, keys: np.ndarray, codes: np.ndarray):
-        self.folder, self.meta, self.keys, self.codes = folder, meta, keys, codes
-
-    @classmethod
-    def build(cls, folder, users, codes, meta: dict | None = None, centroids=()) -> "Bank":
-        """Writes a bank and opens it. users: N distinct ids (str or int); codes: int [N, P] from 1, 0 = unknown.
-
-        meta: "names" (P profile names), "lm", … are kept as given. centroids: P arrays [K_p, D], kept beside them.
-        Takes about 40 bytes of memory a user. A bank already there is replaced only when the new one is complete.
-        """
-        folder, codes, meta = Path(folder).resolve(), np.asarray(codes), dict(meta or {})
-        if codes.shape[:-1] != (len(users),) or not codes.size or codes.dtype.kind not in "iu":
-            raise Fault(4, f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
-        if codes.min() < 0 or codes.max() > 65535:
-            raise Fault(4, f"bank codes must lie in 0 … 65535, found {codes.min()} … {codes.max()}")
-        names = [str(name) for name in meta.setdefault("names", [f"p{p}" for p in range(codes.shape[1])])]
-        if len(names) != codes.shape[1]:
-            raise Fault(4, f"{len(names)} profile names for {codes.shape[1]} columns of codes")
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / cls.FILES[0]).exists():
-            raise Fault(2, f"{folder} exists and is no bank: name another folder")
-        keys = np.concatenate([hash_users(users[i:i + 2**19]) for i in
-                               Progress(range(0, len(users), 2**19), desc="user keys", disable=len(users) < 2**22)])
-        order = keys.argsort(kind="stable")
-        keys = keys[order]
-        for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
-            a, b = str(users[order[i]]), str(users[order[i + 1]])
-            raise Fault(4, f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
-        with alone(folder.with_name(folder.name + ".lock")):
-            fresh, old = folder.with_name(folder.name + ".tmp"), replaced(folder)
-            if old.exists() and not folder.exists():                   # a build was killed between its two renames
-                old.rename(folder)
-            for stale in (fresh, old):
-                shutil.rmtree(stale, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            np.save(fresh / "keys.npy", keys)
-            np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
-            mu = {f"mu_{p}": np.asarray(centroid) for p, centroid in enumerate(centroids)}
-            np.savez(fresh / "codebook.npz", names=np.array(names), **mu)
-            meta |= {"version": VERSION, "users": len(users),
-                     "sizes": [len(mu) for mu in centroids] or codes.max(0).tolist(),
-                     "sha256": {name: digest(fresh / name) for name in cls.FILES},
-                     "sample": {name: digest(fresh / name, sample=True) for name in cls.FILES}}
-            write_text(fresh / "meta.json", as_json(meta | {"seal": seal(meta)}))
-            sync(fresh)
-            if folder.exists():                                        # a folder cannot be replaced in one step
-                folder.rename(old)
-            fresh.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        return cls.open(folder)
-
-    @classmethod
-    def open(cls, folder) -> "Bank":
-        """Memory-maps a bank. Fault 4 if it is missing, truncated, altered or of another version."""
-        folder = Path(folder)
-        while True:                                                    # until no build came between our looks
-            at = replaced(folder) if replaced(folder).exists() and not folder.exists() else folder
-            before = identity(at)
-            try:
-                bank = cls.look(at)
-            except Fault:
-                if identity(at) == before:
-                    raise
-            else:
-                if identity(at) == before:
-                    return bank
-
-    @classmethod
-    def look(cls, folder: Path) -> "Bank":
-        """The bank as it stands in `folder` at this moment."""
-        meta = read_json(folder / "meta.json", "version", "seal", "users", "names", "sample")
-        if meta["version"] != VERSION:
-            raise Fault(4, f"{folder} has version {meta['version']}, needed is {VERSION}: build the bank again")
-        try:
-            for name in cls.FILES:
-                if digest(folder / name, sample=True) != meta["sample"][name]:
-                    raise Fault(4, f"{folder / name} was truncated or altered: build the bank again")
-            if seal(meta) != meta["seal"]:
-                raise Fault(4, f"{folder / 'meta.json'} was altered: build the bank again")
-            keys, codes = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-                           for name in cls.FILES[:2])
-            if not (keys.dtype == np.uint64 and codes.dtype in (np.uint8, np.uint16) and keys.ndim == 1 and len(keys)
-                    and codes.shape == (len(keys), len(meta["names"])) and all(type(n) is str for n in meta["names"])):
-                raise ValueError(f"keys {keys.dtype} {keys.shape} and codes {codes.dtype} {codes.shape} are no bank's")
-        except Fault:
-            raise
-        except Exception as error:                                     # whatever damage makes numpy raise
-            raise Fault(4, f"{folder} is damaged, {error}: build the bank again") from None
-        return cls(folder, meta, keys, codes)
-
-    def verify(self) -> None:
-        """Reads every byte: Fault 4 if a file is not the one that was built."""
-        for name in self.FILES:
-            if digest(self.folder / name) != self.meta["sha256"][name]:
-                raise Fault(4, f"{self.folder / name} was altered: build the bank again")
-
-    def lookup(self, users) -> np.ndarray:
-        """Codes of users: a str, or n ids as a list, str array or int array -> int32 [n, P]; 0 = unknown."""
-        if isinstance(users, str):
-            key = np.uint64(hash_user(users))
-            row = min(int(self.keys.searchsorted(key)), len(self.keys) - 1)
-            return self.codes[row:row + 1].astype(np.int32) * (self.keys[row] == key)
-        wanted = hash_users(users)
-        row = find(self.keys, wanted)
-        return self.codes[row].astype(np.int32) * (self.keys[row] == wanted)[:, None]
-
-
-def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Row of each wanted key in sorted `keys`, uint64 [n] -> int64 [n]; any row where it is absent.
+def find_keys(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Row of each wanted key in sorted `keys`, uint64 [n] → int64 [n]; any row where it is absent.
 
     A binary search over all keys misses the cache at most steps. Hashes are uniform, so key · N / 2^64 is nearly
     the row: three interpolation steps, then a binary search in 64 rows. Where that missed, a full search.
@@ -642,54 +589,287 @@ def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return row
 
 
-# ------------------------------------------------------------------------------------------------- commands
+class Bank:
+    """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped: readers share one page cache.
+
+    keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], sure.npy uint8 [N, P] (probability of the code in 255ths),
+    codebook.npz, meta.json: 8 + 2 P bytes a user up to 255 codes. open() is fast at any size and therefore hashes only
+    samples of files above 4 MiB: it sees every truncated or exchanged file, and every altered byte of files up to 4
+    MiB; verify() reads everything. A new bank takes the place of the old in two renames; a reader sees one of the two,
+    and keeps the one it has open.
+    """
+
+    FILES = ("keys.npy", "codes.npy", "sure.npy", "codebook.npz")
+
+    def __init__(self, folder: Path, meta: dict, keys: np.ndarray, codes: np.ndarray, sure: np.ndarray):
+        self.folder, self.meta, self.keys, self.codes, self.sure = folder, meta, keys, codes, sure
+
+    @classmethod
+    def build(cls, folder, users, codes, meta: dict | None = None, *, probability=None, codebook: dict = {}) -> "Bank":
+        """Writes a bank and opens it.
+
+        users: N distinct ids (texts or whole numbers); codes: int [N, P] from 1, 0 = unknown.
+        probability: [N, P] of each code, 1 by default. meta: "names" (P profile names), "lm", … are kept as given.
+        codebook: arrays to keep beside the codes. Takes about 40 bytes of memory a user. A bank already there is
+        replaced only when the new one is complete. Raises ValueError for codes, ids or a folder that do not fit.
+        """
+        folder, codes, meta = Path(folder).resolve(), np.asarray(codes), dict(meta or {})
+        users = as_ids(users)
+        if codes.shape[:-1] != (len(users),) or not codes.size or codes.dtype.kind not in "iu":
+            raise ValueError(f"a bank needs integer codes [users, profiles]: {len(users)} users, codes {codes.shape}")
+        if codes.min() < 0 or codes.max() > 65535:
+            raise ValueError(f"bank codes must lie in 0 … 65535, found {codes.min()} … {codes.max()}")
+        names = [str(name) for name in meta.setdefault("names", [f"p{p}" for p in range(codes.shape[1])])]
+        if len(names) != codes.shape[1]:
+            raise ValueError(f"{len(names)} profile names for {codes.shape[1]} columns of codes")
+        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / cls.FILES[0]).exists():
+            raise ValueError(f"{folder} exists and is not a bank: name another folder")
+        sure = np.ones(codes.shape) if probability is None else np.asarray(probability)
+        if sure.shape != codes.shape:
+            raise ValueError(f"probabilities have the shape {list(sure.shape)}, codes {list(codes.shape)}")
+        keys = hash_users(users)
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
+            a, b = str(users[order[i]]), str(users[order[i + 1]])
+            raise ValueError(f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
+        fresh = folder.with_name(folder.name + ".tmp")
+        if replaced(folder).exists() and not folder.exists():          # a build was killed between its two renames
+            replaced(folder).rename(folder)
+        for stale in (fresh, replaced(folder)):
+            shutil.rmtree(stale, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        np.save(fresh / "keys.npy", keys)
+        np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
+        np.save(fresh / "sure.npy", np.rint(255 * sure[order].clip(0, 1)).astype(np.uint8))
+        np.savez(fresh / "codebook.npz", names=np.array(names), **codebook)
+        meta = {"sizes": codes.max(0).tolist(), **meta, "version": VERSION, "users": len(users),
+                "sha256": {name: file_hash(fresh / name) for name in cls.FILES},
+                "sample": {name: file_hash(fresh / name, sample=True) for name in cls.FILES}}
+        (fresh / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in fresh.iterdir():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():                                            # a folder cannot be replaced in one step
+            folder.rename(replaced(folder))
+        fresh.rename(folder)
+        shutil.rmtree(replaced(folder), ignore_errors=True)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder) -> "Bank":
+        """Memory-maps a bank.
+
+        FileNotFoundError if it is missing, ValueError if truncated, altered or of another version.
+        """
+        folder = Path(folder)
+        while True:                                                    # until no build came between our looks
+            at = standing(folder)
+            before = folder_identity(at)
+            try:
+                bank = cls.open_once(at)
+            except (ValueError, FileNotFoundError):
+                if standing(folder) == at and folder_identity(at) == before:
+                    raise
+            else:
+                if folder_identity(at) == before:
+                    return bank
+
+    @classmethod
+    def open_once(cls, folder: Path) -> "Bank":
+        """The bank as it stands in `folder` at this moment."""
+        if not (folder / "meta.json").exists():
+            raise FileNotFoundError(f"{folder} is not a bank: `python codebook.py bank` makes one")
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["version"] != VERSION:
+                raise ValueError(f"its version is {meta['version']}, needed is {VERSION}")
+            for name in cls.FILES:
+                if file_hash(folder / name, sample=True) != meta["sample"][name]:
+                    raise ValueError(f"{name} was truncated or altered")
+            arrays = [np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in cls.FILES[:3]]
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+            raise ValueError(f"{folder} is a damaged bank ({error}): build it again") from None
+        return cls(folder, meta, *arrays)
+
+    def verify(self) -> None:
+        """Reads every byte: ValueError if a file is not the one that was built."""
+        for name in self.FILES:
+            if file_hash(self.folder / name) != self.meta["sha256"][name]:
+                raise ValueError(f"{self.folder / name} was altered: build the bank again")
+
+    def find(self, users) -> tuple[np.ndarray, np.ndarray]:
+        """(row of each user, whether it is there): int64 [n], bool [n]; users as in lookup."""
+        if isinstance(users, str):
+            users = [users]
+        if isinstance(users, list) and len(users) <= 8 and all(type(user) is str for user in users):  # cheap
+            wanted = np.array([hash_user(user) for user in users], np.uint64)
+            row = np.minimum(self.keys.searchsorted(wanted), len(self.keys) - 1)
+        else:
+            wanted = hash_users(users)
+            row = find_keys(self.keys, wanted)
+        return row, self.keys[row] == wanted
+
+    def lookup(self, users) -> np.ndarray:
+        """Codes of a user, or of n users: any iterable of ids, texts or whole numbers → int32 [n, P]; 0 = unknown."""
+        row, known = self.find(users)
+        return self.codes[row].astype(np.int32) * known[:, None]
+
+    def probability(self, users) -> np.ndarray:
+        """How sure each code is, as P(code | evidence): users as in lookup → float32 [n, P]; 0 = unknown."""
+        row, known = self.find(users)
+        return self.sure[row].astype(np.float32) / 255 * known[:, None]
+
+
+def replaced(folder: Path) -> Path:
+    """Where the old bank stands while the new one takes its place."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def standing(folder: Path) -> Path:
+    """Where the bank is at this moment: the old one, while the new one takes its place."""
+    return replaced(folder) if replaced(folder).exists() and not folder.exists() else folder
+
+
+def folder_identity(folder: Path) -> tuple | None:
+    """Tells a folder from another that took its name; None: there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def file_hash(path: Path, sample: bool = False, block: int = 1 << 16, blocks: int = 64) -> str:
+    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
+    size, sha = path.stat().st_size, hashlib.sha256()
+    starts = range(0, size, block)
+    if sample:
+        sha.update(str(size).encode())
+        if len(starts) > blocks:
+            starts = np.linspace(0, size - block, blocks).astype(int).tolist()
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            sha.update(file.read(block))
+    return sha.hexdigest()
+
+
+# ---- command line
+
+try:
+    import data
+except ImportError:                                                    # copied alone: all but the commands works
+    data = None
+
+
+def write_table(folder: Path, arrays: dict[str, tuple[tuple, list]], meta: dict) -> None:
+    """A text table: NAME.npy for each array, {name: (shape, parts in order)}, and meta.json, which goes last."""
+    for name, (shape, parts) in arrays.items():
+        fresh, at = folder / f"{name}.npy.tmp", 0
+        file = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
+        for part in parts:
+            file[at:at + len(part)] = part
+            at += len(part)
+        file.flush()
+        del file
+        os.replace(fresh, folder / f"{name}.npy")
+    sample = {f"{name}.npy": data.sha256_of(folder / f"{name}.npy", sample=True) for name in arrays}
+    data.write_json(folder / "meta.json", {**meta, "sample": sample})
+
+
+def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of a text table by name, memory-mapped (see uip.TextTable), and its meta.json."""
+    meta = data.read_json(folder / "meta.json", "sample", "identity")
+    for name, sample in meta["sample"].items():
+        if not (folder / name).exists() or data.sha256_of(folder / name, sample=True) != sample:
+            raise ValueError(f"{folder / name} is not the one that meta.json records: run `uip.py fit` again")
+    return {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["sample"]}, meta
+
+
+MEASUREMENT = {"tuning": "hidden", "causality": "reversed", "llm": "bag"}    # ablation → array in place of "gradient"
+
+
+def profile_evidence(source, table: dict, indptr: np.ndarray, text: np.ndarray, p: int, without: str) -> Evidence:
+    """What the rows tell of profile p: gradients of the text table, or what the ablation `without` puts in their place."""
+    profile = list(source.layout["profiles"])[p]
+    views = torch.tensor([without == "views" or profile in source.layout["kinds"][kind]["view"]
+                          for kind, _ in source.texts])
+    weight, measurement = torch.from_numpy(np.array(table["tokens"])), MEASUREMENT.get(without, "gradient")
+    if measurement == "bag":
+        value, weight = map(torch.from_numpy, bag_of_words([value for _, value in source.texts]))
+    elif measurement == "hidden":
+        value = torch.from_numpy(np.array(table["hidden"]))
+    else:
+        value = torch.from_numpy(np.array(table[measurement][:, p]))
+    told = select_texts(torch.from_numpy(indptr), torch.from_numpy(text).long(), views & (weight > 0))
+    return Evidence(*told, value, weight)
+
 
 class Profiles(NamedTuple):
     """The PROFILES folder that uip.py writes."""
     users: np.ndarray          # [N] str
-    ids: np.ndarray            # [N, P] int, codes from 0
+    ids: np.ndarray            # [N, P] int32, codes from 0; −1 = no evidence
+    probability: np.ndarray    # [N, P] fp32 of the code
     names: list[str]           # P
-    mu: list[np.ndarray]       # P × [K_p, D]
+    books: list[Codebook]      # P
     meta: dict
 
 
+BOOK = ("mean", "directions", "noise", "prior", "pi", "mu", "spread", "eigenvalues")   # in profiles.npz
+
+
+def write_profiles(folder: Path, profiles: Profiles) -> None:
+    """profiles.npz and meta.json, which vouches for the other file and goes last."""
+    arrays = {"users": profiles.users, "ids": profiles.ids.astype(np.int32),
+              "probability": profiles.probability.astype(np.float32), "names": np.array(profiles.names)}
+    for p, book in enumerate(profiles.books):
+        arrays |= {f"{name}_{p}": getattr(book, name).numpy() for name in BOOK}
+    (folder / "meta.json").unlink(missing_ok=True)
+    data.write_atomically(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
+    sha256 = {"profiles.npz": data.sha256_of(folder / "profiles.npz")}
+    data.write_json(folder / "meta.json", {**profiles.meta, "sha256": sha256})
+
+
 def read_profiles(folder) -> Profiles:
-    """Users, IDs and codebooks of a PROFILES folder, checked against each other."""
-    path = Path(folder) / "profiles.npz"
-    found = read_npz(path, "users", "ids", "names")
-    users, ids, names = found["users"], found["ids"], [str(name) for name in found["names"].flatten()]
-    need(path, found, [f"mu_{p}" for p in range(len(names))])
-    mu = [found[f"mu_{p}"] for p in range(len(names))]
-    if not (users.ndim == 1 and users.dtype.kind == "U" and ids.dtype.kind in "iu" and len(users)
-            and ids.shape == (len(users), len(names)) and all(m.ndim == 2 and m.dtype.kind == "f" for m in mu)):
-        raise Fault(4, f"{path}: ids {list(ids.shape)} for {users.size} users and {len(names)} profiles, or of a wrong type")
-    if (ids < 0).any() or (ids >= [len(m) for m in mu]).any():
-        raise Fault(4, f"{path}: an id lies outside its codebook of {[len(m) for m in mu]} codes")
-    return Profiles(users, ids, names, mu, read_json(Path(folder) / "meta.json"))
-
-
-def match(users, known) -> np.ndarray:
-    """Row in `known` of each of `users` (str arrays), −1 where absent: folders are joined by id, not by order."""
-    row = {user: i for i, user in enumerate(known.tolist())}
-    return np.array([row.get(user, -1) for user in users.tolist()], np.int64)
+    """Users, IDs and codebooks of a PROFILES folder, checked by its sha256."""
+    folder = Path(folder)
+    meta = data.read_json(folder / "meta.json", "sha256", "settings")
+    data.check_files(folder, meta)
+    with np.load(folder / "profiles.npz", allow_pickle=False) as found:
+        if "prior_0" not in found:
+            raise ValueError(f"{folder} was made by another version of uip.py: fit again")
+        names = found["names"].tolist()
+        books = [Codebook(*(torch.from_numpy(found[f"{name}_{p}"]) for name in BOOK), 0.0, [])
+                 for p in range(len(names))]
+        return Profiles(found["users"], found["ids"], found["probability"], names, books, meta)
 
 
 def command_bank(args) -> None:
-    """PROFILES folders → bank. Several share one codebook, as those of fit and of infer do; of a user the last counts."""
-    began, folders, first = time.time(), args.profiles, read_profiles(args.profiles[0])
-    users, codes = [], []
-    for folder, profiles in ((folder, read_profiles(folder)) for folder in reversed(folders)):
-        if profiles.names != first.names or not all(map(np.array_equal, profiles.mu, first.mu)):
-            raise Fault(4, f"{folder} and {folders[0]} have different codebooks: one bank holds IDs of one codebook")
+    """PROFILES folders → bank. Several share one codebook, as of fit and infer; of a user the last counts."""
+    began, first = time.time(), read_profiles(args.profiles[0])
+    users, codes, probability = [], [], []
+    for folder in reversed(args.profiles):
+        profiles = read_profiles(folder)
+        same = [torch.equal(a.mu, b.mu) for a, b in zip(profiles.books, first.books)]
+        if profiles.names != first.names or not all(same):
+            raise ValueError(f"{folder} and {args.profiles[0]} have different codebooks: "
+                             "a bank holds IDs of one codebook")
         new = ~np.isin(profiles.users, np.concatenate(users)) if users else slice(None)
         users.append(profiles.users[new])
         codes.append(profiles.ids[new] + 1)
-    meta = {"names": first.names, "lm": first.meta.get("lm"),
-            "profiles_sha256": [digest(Path(folder) / "profiles.npz") for folder in folders],
-            "settings": first.meta.get("settings"), "data_sha256": first.meta.get("data_sha256"),
-            "code_sha256": digest(Path(__file__)), "run": facts(began, "codebook.py")}
-    bank = Bank.build(args.out, np.concatenate(users), np.concatenate(codes), meta, first.mu)
-    size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:2])
+        probability.append(profiles.probability[new])
+    meta = {"names": first.names, "sizes": [len(book.pi) for book in first.books], "lm": first.meta.get("lm"),
+            "profiles_sha256": [data.sha256_of(Path(folder) / "profiles.npz") for folder in args.profiles],
+            "settings": first.meta["settings"], "code_sha256": data.sha256_of(Path(__file__)),
+            "run": data.run_facts(began, "codebook.py")}
+    out = Path(args.out)
+    with data.exclusive_lock(out.resolve().with_name(out.resolve().name + ".lock")):
+        bank = Bank.build(out, np.concatenate(users), np.concatenate(codes), meta,
+                          probability=np.concatenate(probability),
+                          codebook={f"{name}_{p}": getattr(book, name).numpy()
+                                    for p, book in enumerate(first.books) for name in BOOK})
+    size = sum((bank.folder / name).stat().st_size for name in Bank.FILES[:3])
     print(f"bank of {len(bank.keys)} users in {args.out}: {size / len(bank.keys):.1f} bytes a user, "
           f"codes {dict(zip(first.names, bank.meta['sizes']))}")
 
@@ -697,33 +877,24 @@ def command_bank(args) -> None:
 def command_verify(args) -> None:
     """Checks folders (data, profiles, bank, results) against their own meta.json; exit 4 names a file that differs."""
     for folder in map(Path, args.folder):
-        meta = read_json(folder / "meta.json", "sha256")
-        if "seal" in meta and seal(meta) != meta["seal"]:
-            raise Fault(4, f"{folder / 'meta.json'} was altered since it was made")
-        files = meta["sha256"]
-        if not isinstance(files, dict) or not files or any(Path(name).name != name for name in files):
-            raise Fault(4, f"{folder / 'meta.json'} records no files of its folder")
-        for name, sha in files.items():
-            if not (folder / name).is_file():
-                raise Fault(4, f"{folder / name} is missing")
-            if digest(folder / name) != sha:
-                raise Fault(4, f"{folder / name} is not the file that meta.json records")
-        print(f"{folder}: {', '.join(files)} as recorded")
+        meta = data.read_json(folder / "meta.json", "sha256")
+        data.check_files(folder, meta)
+        print(f"{folder}: {', '.join(meta['sha256'])} as recorded")
 
 
 def command_lookup(args) -> None:
-    """One line a user: id and codes."""
+    """One line a user: id and codes. Put -- before ids that begin with a dash."""
     bank = Bank.open(args.bank)
-    codes = bank.lookup(args.user)
-    for user, row in zip(args.user, codes):
-        known = [f"{name}={code}" for name, code in zip(bank.meta["names"], row)]
+    codes, sure = bank.lookup(args.user), bank.probability(args.user)
+    for user, row, chance in zip(args.user, codes, sure):
+        known = [f"{name}={code} ({p:.0%})" for name, code, p in zip(bank.meta["names"], row, chance)]
         print(user, *(known if row.any() else ["unknown"]))
     if not codes.any(1).all():
-        raise Fault(4, f"{int((~codes.any(1)).sum())} of {len(codes)} users are not in {args.bank}")
+        raise ValueError(f"{int((~codes.any(1)).sum())} of {len(codes)} users are not in {args.bank}")
 
 
-def distinct(counts: np.ndarray) -> np.ndarray:
-    """What sets each group apart: z of the smoothed log-odds against all other groups. counts [K, W] -> [K, W].
+def log_odds_z(counts: np.ndarray) -> np.ndarray:
+    """What sets each group apart: z of the smoothed log-odds against all other groups. counts [K, W] → [K, W].
 
     Informative Dirichlet prior (Monroe et al. 2008, "Fightin' Words"): a word's prior is its share of all words, one
     pseudo-count a word on average (ours), so that a rare word needs more than one lucky user.
@@ -737,241 +908,48 @@ def distinct(counts: np.ndarray) -> np.ndarray:
     return (odds(counts) - odds(rest)) / np.sqrt(1 / (counts + prior) + 1 / (rest + prior))
 
 
-def evidence_counts(data, profiles: Profiles, views: dict[str, set]) -> list[tuple[np.ndarray, list[str]]]:
-    """Per profile: the W values of the kinds in its view, and how often each occurs per code, [K, W]."""
-    path, row = Path(data) / "evidence.jsonl", {user: i for i, user in enumerate(profiles.users.tolist())}
-    counters = [Counter() for _ in profiles.names]
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(Progress(file, desc="evidence", unit=" users", leave=False), 1):
-                entry = json.loads(line)
-                who, evidence = row.get(entry["user"]), entry["evidence"].items()
-                for p, name in enumerate(profiles.names if who is not None else ()):
-                    code = int(profiles.ids[who, p])
-                    counters[p].update((code, value) for kind, values in evidence
-                                       if name in views.get(kind, ()) for value in values)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise Fault(4, f"{path}, line {number}: not a line of evidence ({error!r})") from None
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-    tables = []
-    for mu, counter in zip(profiles.mu, counters):
-        words = {word: w for w, word in enumerate(sorted({word for _, word in counter}))}
-        counts = np.zeros((len(mu), len(words)))
-        for (code, word), n in counter.items():
-            counts[code, words[word]] = n
-        tables.append((counts, list(words)))
-    return tables
+def rows_by_id(users: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Row in `known` of each of `users` (str arrays), −1 where absent: folders are joined by id, not by order."""
+    order = known.argsort()
+    at = np.minimum(np.searchsorted(known, users, sorter=order), len(known) - 1)
+    return np.where(known[order[at]] == users, order[at], -1)
 
 
 def command_cards(args) -> None:
     """What each ID means, one Markdown table a profile."""
-    profiles, data = read_profiles(args.profiles), Path(args.data)
-    layout = read_json(data / "meta.json", "layout")["layout"]
-    need(data / "meta.json: layout", layout, ["kinds"])
-    views = {kind: set(how["view"]) for kind, how in layout["kinds"].items()}
-    rows = read_npz(data / "interactions.npz", "users", "user", "price", "split")
-    who = match(rows["users"], profiles.users)[rows["user"]]           # (R,) row of the profiles, or −1
-    priced = (rows["split"] == 0) & np.isfinite(rows["price"]) & (who >= 0)
+    profiles, source = read_profiles(args.profiles), data.read_data(args.data)
+    who = rows_by_id(source.users, profiles.users)[source.user]        # (R,) row of the profiles, or −1
     if not (who >= 0).any():
-        raise Fault(4, f"{args.profiles} and {args.data} have no user in common")
-    cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    paid, payer = rows["price"][priced], who[priced]
+        raise ValueError(f"{args.profiles} and {args.data} have no user in common")
+    train = source.part == 0
+    indptr, text = data.row_texts(source, train, profiles.meta["settings"].get("kinds"))
+    told = np.repeat(np.where(train, who, -1), np.diff(indptr))        # (nnz,) row of the profiles that tells the text
+    cell = lambda words: " ".join(str(words).split()).replace("|", "\\|")
+    priced = train & np.isfinite(source.price) & (who >= 0)
     lines = []
-    for p, (counts, words) in enumerate(evidence_counts(data, profiles, views)):
-        tokens = profiles.meta.get("tokens", {}).get(profiles.names[p], [])
-        lines += [f"### {cell(profiles.names[p])}", "",
-                  "| ID | users | share | sets it apart (z of log-odds) | price, 10–90 % | nearest tokens |",
-                  "|---:|---:|---:|---|---|---|"]
-        for code, z in enumerate(distinct(counts)):
-            mine = profiles.ids[:, p] == code
+    for p, name in enumerate(profiles.names):
+        ids, k = profiles.ids[:, p], len(profiles.books[p].pi)
+        views = np.array([name in source.layout["kinds"][kind]["view"] for kind, _ in source.texts])
+        mine = (told >= 0) & views[text] & (ids[told] >= 0)
+        counts = np.bincount(ids[told[mine]] * len(views) + text[mine], minlength=k * len(views)).reshape(k, len(views))
+        used = counts.sum(0) > 0
+        words = [value for (_, value), there in zip(source.texts, used) if there]
+        lines += [f"### {cell(name)}", "",
+                  "| ID | users | share | mean probability | sets it apart (z of log-odds) | price, 10–90 % |",
+                  "|---:|---:|---:|---:|---|---|"]
+        for code, z in enumerate(log_odds_z(counts[:, used].astype(float))):
+            member = ids == code
             top = [w for w in (-z).argsort(kind="stable")[:args.top] if z[w] > 0]
             apart = ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top)
-            price = paid[mine[payer]]
+            price = source.price[priced][member[who[priced]]]
             price = "{:.2f}–{:.2f}".format(*np.percentile(price, [10, 90])) if len(price) else "unknown"
-            near = cell(" ".join(tokens[code])) if code < len(tokens) else ""
-            lines.append(f"| {code + 1} | {mine.sum()} | {mine.mean():.1%} | {apart} | {price} | {near} |")
+            sure = f"{profiles.probability[member, p].mean():.2f}" if member.any() else ""
+            lines.append(f"| {code + 1} | {member.sum()} | {member.mean():.1%} | {sure} | {apart} | {price} |")
         lines.append("")
     if args.out:
-        write_text(Path(args.out), "\n".join(lines))
+        data.write_text(Path(args.out), "\n".join(lines))
     else:
         print("\n".join(lines))
-
-
-def command_score(args) -> None:
-    """IDs against the groups that made the data: adjusted Rand index with the own and with other profiles."""
-    profiles, path = read_profiles(args.profiles), Path(args.data) / "truth.npz"
-    truth = read_npz(path, "users", "n_train", *profiles.names)
-    row = match(truth["users"], profiles.users)                        # (M,)
-    if not (row >= 0).any():
-        raise Fault(4, f"{args.profiles} and {path} have no user in common")
-    groups = {"dense": (row >= 0) & (truth["n_train"] >= 6), "sparse": (row >= 0) & (truth["n_train"] < 6)}
-
-    def table(users: np.ndarray) -> dict:
-        scores = {}
-        for p, name in enumerate(profiles.names):
-            each = {other: ari(profiles.ids[row[users], p], truth[other][users]) for other in profiles.names}
-            own, others = each.pop(name), [abs(score) for score in each.values()]
-            scores[name] = {"own": own, "other": max(others, default=0.0)} if users.any() else None
-        return scores
-
-    result = {"lm": profiles.meta.get("lm"), "F": profiles.meta.get("F"),
-              "ari": table(groups["dense"]), "ari_sparse": table(groups["sparse"]),
-              "perplexity": {name: perplexity(profiles.ids[:, p], len(profiles.mu[p]))
-                             for p, name in enumerate(profiles.names)},
-              "users": {name: int(group.sum()) for name, group in groups.items()}}
-    write_text(Path(args.out), as_json(result))
-    print(json.dumps(result, sort_keys=True, ensure_ascii=False))
-
-
-def information(codes: np.ndarray, classes: np.ndarray) -> float:
-    """Mutual information of two labellings [N], in bits: what one tells of the other. Biased upwards by chance."""
-    both = np.zeros((codes.max() + 1, classes.max() + 1))
-    np.add.at(both, (codes, classes), 1 / len(codes))
-    seen = both > 0
-    return float((both[seen] * np.log2(both[seen] / (both.sum(1, keepdims=True) * both.sum(0))[seen])).sum())
-
-
-def guessed(codes: np.ndarray, classes: np.ndarray, folds: int = 10) -> float:
-    """Held-out accuracy of guessing a user's class [N]: the most frequent one of the user's code in the other folds.
-
-    A user's fold is its place modulo `folds`; a code that the other folds lack is guessed as their most frequent class.
-    """
-    right = 0
-    for fold in range(folds):
-        held = np.arange(len(codes)) % folds == fold
-        counts = np.zeros((codes.max() + 1, classes.max() + 1))
-        np.add.at(counts, (codes[~held], classes[~held]), 1)
-        counts[counts.sum(1) == 0] = counts.sum(0)
-        right += int((counts.argmax(1)[codes[held]] == classes[held]).sum())
-    return right / len(codes)
-
-
-def command_meaning(args) -> None:
-    """What IDs tell of known attributes of the users (truth.npz): bits and held-out accuracy, beside shuffled IDs."""
-    profiles, path = read_profiles(args.profiles), Path(args.data) / "truth.npz"
-    truth, rng = read_npz(path, "users", "n_train"), np.random.default_rng(0)
-    row = match(truth["users"], profiles.users)
-    if not (row >= 0).any():
-        raise Fault(4, f"{args.profiles} and {path} have no user in common")
-    order = rng.permutation(np.flatnonzero(row >= 0))                  # folds must not follow the users' order
-    told = []
-    for attribute in sorted(set(truth) - {"users", "n_train"}):
-        classes = np.unique(truth[attribute][order], return_inverse=True)[1]
-        for p, name in enumerate(profiles.names):
-            codes = profiles.ids[row[order], p].astype(np.int64)
-            bits, right = information(codes, classes), guessed(codes, classes)
-            dealt = [rng.permutation(codes) for _ in range(args.shuffles)]
-            chance, luck = [information(one, classes) for one in dealt], [guessed(one, classes) for one in dealt]
-            told.append({"profile": name, "attribute": attribute, "classes": int(classes.max()) + 1, "bits": bits,
-                         "bits_shuffled": float(np.mean(chance)),
-                         "p": (1 + int(np.greater_equal(chance, bits).sum())) / (1 + args.shuffles), "accuracy": right,
-                         "accuracy_shuffled": float(np.mean(luck)), "accuracy_majority": guessed(0 * codes, classes)})
-    result = {"lm": profiles.meta.get("lm"), "users": len(order), "shuffles": args.shuffles, "meaning": told}
-    write_text(Path(args.out), as_json(result))
-    print(json.dumps(result, sort_keys=True, ensure_ascii=False))
-
-
-# ---------------------------------------------------------------------------------------------------- bench
-
-def plain_lloyd(x: Tensor, c: Tensor, iters: int) -> Tensor:
-    """The obvious loop, for comparison: all distances at once, sums by index_add_."""
-    for _ in range(iters):
-        ids = torch.cdist(x, c).argmin(1)
-        c = torch.zeros_like(c).index_add_(0, ids, x) / ids.bincount(minlength=len(c))[:, None]
-    return c
-
-
-def rivals(x: Tensor, c: Tensor, iters: int) -> dict:
-    """The same iterations from the same start by others -> {name: call}; scikit-learn and faiss where installed."""
-    k, calls = len(c), {"plain": lambda: plain_lloyd(x, c, iters)}
-    with suppress(ImportError):
-        from sklearn.cluster import KMeans
-        model = KMeans(k, init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
-        calls["sklearn"] = lambda: torch.from_numpy(model.fit(x.numpy()).cluster_centers_)
-    with suppress(ImportError):
-        import faiss
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        other = faiss.Kmeans(x.shape[1], k, niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
-        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy()) and torch.tensor(other.centroids)
-    return calls
-
-
-def seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def bench_kmeans(n: int, d: int, k: int, iters: int = 10, rounds: int = 5) -> dict:
-    """Best seconds of `rounds` alternating runs each, and the ratio other / ours (above 1: ours is faster).
-
-    Equal start, equal iterations; inertia, of the centroids each returns, shows that the answers are equal too.
-    """
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(k))
-    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters).centroids, **rivals(x, x[:k].clone(), iters)}
-    inertia = {name: float(assign(x, call())[1].double().sum()) for name, call in calls.items()}      # a warm-up, too
-    runs = [[seconds(call) for call in calls.values()] for _ in range(rounds)]
-    best = dict(zip(calls, map(min, zip(*runs))))
-    ratio = {name: value / best["ours"] for name, value in best.items() if name != "ours"}
-    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio, "inertia": inertia}
-
-
-def bench_bank(n: int, folder: Path, batch: int = 10_000) -> dict:
-    """Build, open and lookups of n users: in batches beside SQLite's primary key, and one id at a time.
-
-    mb_2m, mb_100m: what so many users take, computed from the bytes a user of this bank. Readers add nothing: the
-    files are memory maps (np.memmap), so however many processes read, the pages are in memory once.
-    """
-    rng = np.random.default_rng(0)
-    users = np.char.add("u", rng.permutation(n).astype(str))
-    codes = rng.integers(1, 5, (n, 2))
-    build = seconds(lambda: Bank.build(folder / "bank", users, codes))
-    opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
-    bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
-    median = lambda look, groups: float(np.median([seconds(lambda: look(some)) for some in groups])) / batch
-    each = median(bank.lookup, batches)
-    single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
-    with sqlite3.connect(folder / "bank.sqlite") as db:
-        db.execute("CREATE TABLE bank (user TEXT PRIMARY KEY, a INT, b INT) WITHOUT ROWID")
-        rows = ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in users.argsort())
-        db.executemany("INSERT INTO bank VALUES (?, ?, ?)", rows)
-        sql = "SELECT a, b FROM bank WHERE user = ?"
-        lite = median(lambda some: [db.execute(sql, (user,)).fetchone() for user in some],
-                      map(np.ndarray.tolist, batches))
-    size = sum(file.stat().st_size for file in (folder / "bank").iterdir()) / n
-    return {"users": n, "build_s": build, "bytes_per_user": size, "mb_2m": 2 * size, "mb_100m": 100 * size,
-            "computed": ["mb_2m", "mb_100m"], "readers": "memory maps: all processes share one page cache",
-            "open_ms": 1e3 * opened, "lookups_per_s": 1 / each, "vs_sqlite": lite / each,
-            "single_p99_us": 1e6 * float(np.quantile(single, 0.99))}
-
-
-def machine() -> dict:
-    """What figures were measured on."""
-    try:
-        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(":")[1].strip()
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return {"processor": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "numpy": np.__version__}
-
-
-def command_bench(args) -> None:
-    """Speed of k-means and of the bank: figures as they come; the last line is all of them as JSON."""
-    result = {"machine": machine(), "kmeans": []}
-    for n, d in ((args.rows, 576), (args.rows // 5, 4096)):
-        for k in (4, 32):
-            result["kmeans"].append(bench_kmeans(n, d, k))
-            print(json.dumps(result["kmeans"][-1]), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        result["bank"] = bench_bank(args.users, Path(folder))
-    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("sklearn", "faiss")}
-    result["compared"] = {"plain": "torch.cdist and index_add_", "sqlite": sqlite3.sqlite_version,
-                          **{name: version or "not installed" for name, version in versions.items()}}
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(args.out), as_json(result))
-    print(json.dumps(result))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -986,38 +964,19 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument(flag, **how)
 
     folder = lambda text: {"required": True, "metavar": "DIR", "help": text}
-    profiles = ("--profiles", folder("folder written by uip.py fit"))
-    data = ("--data", folder("folder written by data.py"))
-    several = ("--profiles", {**folder("folders written by uip.py fit, and by infer with its codebook"), "nargs": "+"})
-    command("bank", command_bank, several, ("--out", folder("where the bank goes; a bank there is replaced")))
+    several = {**folder("folders written by uip.py fit, and by infer with its codebook"), "nargs": "+"}
+    command("bank", command_bank, ("--profiles", several),
+            ("--out", folder("where the bank goes; one there is replaced")))
     command("lookup", command_lookup, ("--bank", folder("bank to look in")),
             ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
     command("verify", command_verify, ("folder", {"nargs": "+", "metavar": "DIR", "help": "folder with a meta.json"}))
-    command("cards", command_cards, profiles, data,
+    command("cards", command_cards, ("--profiles", folder("folder written by uip.py fit")),
+            ("--data", folder("folder written by data.py")),
             ("--out", {"metavar": "FILE", "help": "Markdown file (default: standard output)"}),
-            ("--top", {"type": int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
-    command("score", command_score, profiles, data,
-            ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the scores"}))
-    command("meaning", command_meaning, profiles, data,
-            ("--shuffles", {"type": int, "default": 999, "help": "of the IDs, for comparison (default: 999)"}),
-            ("--out", {"required": True, "metavar": "FILE", "help": "JSON file for the figures"}))
-    command("bench", command_bench,
-            ("--rows", {"type": int, "default": 100_000, "help": "rows for k-means (default: 100000)"}),
-            ("--users", {"type": int, "default": 10_000_000, "help": "users in the bank (default: ten million)"}),
-            ("--out", {"metavar": "FILE", "help": "JSON file for the figures, beside printing them"}))
+            ("--top", {"type": data.positive_int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except OSError as error:                                           # a full disk, a folder that may not be written
-        raise Fault(3, f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}") from None
+    args.run(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Fault as fault:
-        print(f"codebook.py: {fault}", file=sys.stderr)
-        sys.exit(fault.code)
-    except KeyboardInterrupt:
-        print("codebook.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    data.run_command("codebook.py", main)

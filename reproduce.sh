@@ -1,53 +1,58 @@
 #!/usr/bin/env bash
-# UserIP-Tuning from a bare machine to a table. Needs Python 3.10+, and network for the packages and the LLM.
+# UserIP-Tuning from a bare machine to tables. Needs Python 3.10+, and network for the packages, the LLM and real data.
 #
-#   bash reproduce.sh                 the demo: planted users whose true profiles are known (minutes on two CPU cores)
-#   bash reproduce.sh profiles        the demo up to one stage: env lm data profiles bank ctr table
+#   bash reproduce.sh                 the demo: planted users whose true profiles are known; with a GPU then `full`
 #   bash reproduce.sh seeds           the demo's shop with two other data seeds, and the null shop without profiles
 #   bash reproduce.sh ablations       the demo's shop with parts of the method left out, and with other codebook sizes
-#   bash reproduce.sh test [ARG …]    the tests; further words go to pytest (-m slow: the slow ones)
-#   bash reproduce.sh small           real data: MovieLens-100K, new and warm users; an hour or so on two CPU cores
-#   bash reproduce.sh full            the same for the sets of SETS, by default the paper's of Amazon; meant for a GPU
+#   bash reproduce.sh small           real data: MovieLens-100K, new and warm users, labels liked and chosen
+#   bash reproduce.sh full            the same for the data sets of SETS, by default the paper's three of Amazon
+#   bash reproduce.sh test [ARG …]    the fast tests; further words go to pytest (-m slow: the slow ones)
 #   bash reproduce.sh --help          this text
 #
 # A finished stage is skipped as long as its command, the modules it runs and the stages before it stay the same.
 # Killed? Run the same command again. Logs: runs/NAME/STAGE.log; results: results/NAME/.
 # Settings, as environment variables (defaults in brackets):
 #   LM      causal LM: hub id or folder [the default LLM of `data.py lm`, into models/default]
-#   USERS   users of the planted shop [240]      CODES  codebook size of each profile [4,3]
-#   MODELS  click models [deepfm,dcn,fm,lr]      SEEDS  training seeds [5]
+#   USERS   users of the planted shop [240]      SEEDS  training seeds [5; 2 a fold for new users]
 #   DTYPE   of the LLM [auto]                    DEVICE cpu or cuda [auto]
-#   KNOWN   rows known of a new user [1 2 4 8]   NPROC  processes of the EM, by torchrun [1]
-#   BUDGET  tokens in one pass of the LLM [1024; for a GPU try 16384], halved as often as memory runs out
-#   SETS    of full [amazon14:Movies_and_TV amazon14:Clothing_Shoes_and_Jewelry amazon14:Video_Games]; also amazon18:X,
-#           amazon23:X, nete:PATH              CAP    users of each, drawn by a hash [all]
+#   BUDGET  tokens in one pass of the LLM [1024 on a CPU, by its memory on a GPU], halved as often as memory runs out
+#   NPROC   processes of the text table, by torchrun [1]    MODELS  click models of the demo [deepfm,dcn,fm,lr]
+#   SETS    of full [amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV]; also
+#           amazon18:X, amazon23:X, nete:PATH    RAW    folder with the data's files, if got by hand [download]
+#   CODES   codes per profile on real data [8,8] CAP    users of each set, drawn by a hash [all]
+#   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, DTYPE or LM are set, so that
+#           the published ones stay]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
 # Relative paths are relative to this folder.
 set -Eeuo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} CODES=${CODES:-4,3} SEEDS=${SEEDS:-5} UNTIL= RUN=
-GIVEN=${MODELS:-} MODELS=${MODELS:-deepfm,dcn,fm,lr} DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto}
-FEATURES=none,random,shuffled,stats,userip,stats+userip WITHOUT=
-CLICK="--lr 0.02 --l2 0.001"                 # the best of a grid by DeepFM's validation AUC *without* IDs, data seed 7
-PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python") KNOWN=${KNOWN:-1 2 4 8}
-SETS=${SETS:-amazon14:Movies_and_TV amazon14:Clothing_Shoes_and_Jewelry amazon14:Video_Games} CAP=${CAP:-}
+OWN=${USERS:-}${SEEDS:-}${MODELS:-}${CODES:-}${CAP:-}${LM:-}${DTYPE:-}
+VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} MODELS=${MODELS:-deepfm,dcn,fm,lr} SEEDS=${SEEDS:-} RUN=
+CODES=${CODES:-8,8} CAP=${CAP:-} RAW=${RAW:-}
+DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
+SETS=${SETS:-amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV}
+if [ -z "${RESULTS:-}" ] && [ -n "$OWN" ]; then RESULTS=runs/results; else RESULTS=${RESULTS:-results}; fi
+PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python")
 EM="$Q uip.py"
 [ "${NPROC:-1}" = 1 ] || EM="$Q -m torch.distributed.run --standalone --nproc-per-node=$NPROC uip.py"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}   # threads that spin while they wait are slow on a shared machine
 export PYTHONUNBUFFERED=1
-[ ! -t 1 ] || export UIP_PROGRESS=bar        # our pipe into the log hides the terminal from the progress bars
+[ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-10}
 
 usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]##*/}" | sed -e '$d' -e 's/^# \{0,1\}//'; }
+fail() { echo "reproduce.sh: $2" >&2; exit "$1"; }
 hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-32; }
 at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
+read_or_nothing() { cat "$1" 2>/dev/null || true; }
 
 # From here on `…`, not $(…), where this shell itself substitutes: bash 5.2 parses the latter, and a signal that comes
 # meanwhile ends it by a syntax error in the trap (6 of 1,191 trials; of `…` 0 of 1,206).
 CHILD= LOCK=
 stopped() {  # by a signal
   trap '' INT TERM HUP
-  echo >&2; echo "Interrupted. The same command goes on from here." >&2
+  echo >&2; echo "Interrupted. The same command resumes." >&2
   exit "$1"
 }
 leave() {  # however this script ends: the stage's processes end too
@@ -57,62 +62,58 @@ leave() {  # however this script ends: the stage's processes end too
 }
 trap 'stopped 130' INT; trap 'stopped 143' TERM; trap 'stopped 129' HUP; trap leave EXIT
 
-hold() {  # hold FILE: a link that says who runs the stage. Made in one step; one of a dead process is taken over
+lock() {  # lock FILE: a link that names the process at work. Made in one step; a dead process's is taken over
   local me host now owner=nobody pid try
   host=`uname -n` now=`date '+%Y-%m-%d %H:%M:%S'`
   me="process $$ on $host since $now"
   for try in 1 2 3; do
     if ln -s "$me" "$1" 2>/dev/null; then LOCK=$1; return; fi
+    [ -L "$1" ] || fail 3 "cannot write in `dirname "$1"`"
     owner=`readlink "$1" || echo nobody` pid=${owner#process }
     case $owner in *" on $host since "*)
       [ -d "/proc/${pid%% *}" ] || kill -0 "${pid%% *}" 2>/dev/null || rm -f "$1" ;;
     esac
   done
-  echo "reproduce.sh: another run is at this stage, $owner. Wait for its end or stop it; if it is gone, remove $1" >&2
-  exit 2
+  fail 2 "another run is at this stage, $owner. Wait for its end or stop it; if it is gone, remove $1"
 }
 
 # fingerprint COMMAND "MODULES" "STAGES": of all that a stage's output depends on
 fingerprint() { { echo "$1"; cat /dev/null $2; for s in $3; do cat "$(at "$s").stamp"; done; } | hash_of; }
-told() { cat "$1" 2>/dev/null || true; }
 
 # stage NAME "MODULES it runs" "STAGES before it" OUTPUT COMMAND: runs COMMAND unless OUTPUT and the stamp of an equal
 # run are there
 stage() {
   local name=$1 modules=$2 before=$3 out=$4 command=$5 me stamp status began ended
-  mkdir -p "runs/$RUN"
+  mkdir -p "runs/$RUN" 2>/dev/null || fail 3 "cannot write in $PWD: it needs a folder runs/ for its work"
   me=`at "$name"`
   stamp=`fingerprint "$command" "$modules" "$before"`
-  if [ -e "$out" ] && [ "`told "$me.stamp"`" = "$stamp" ]; then
-    echo "[$RUN/$name] up to date"
-  else
-    hold "$me.running"                       # (bank.lock is codebook.py's own)
-    echo "[$RUN/$name] $command"
-    rm -f "$me.stamp" "$me.exit"
-    FRESH=--restart                          # what another command or other code left half done is dropped …
-    [ "`told "$me.started"`" != "$stamp" ] || FRESH=      # … and what this one left is resumed
-    echo "$stamp" > "$me.started"
-    export FRESH
-    began=`date +%s`
-    set -m                                   # a process group of its own, and in the background: so signals reach both
-    { bash -c "set -Eeuo pipefail; $command" 2>&1 && echo 0 > "$me.exit" || echo $? > "$me.exit"; } </dev/null | tee -i "$me.log" &
-    CHILD=`jobs -p %+ || true`
-    set +m
-    wait || true
-    CHILD= status=`told "$me.exit"`
-    status=${status:-137}
-    if [ "$status" -ne 0 ]; then
-      printf '\nStage %s failed (exit %s). The last lines of %s:\n' "$name" "$status" "$me.log" >&2
-      tr '\r' '\n' < "$me.log" | tail -n 5 | sed 's/^/    /' >&2
-      echo "Mend the cause and run the same command again: finished stages are skipped, this one resumes." >&2
-      exit "$status"
-    fi
-    ended=`date +%s`
-    echo $((ended - began)) > "$me.seconds"
-    echo "$stamp" > "$me.stamp.tmp" && mv "$me.stamp.tmp" "$me.stamp"
-    rm -f "$LOCK"; LOCK=
+  if [ -e "$out" ] && [ "`read_or_nothing "$me.stamp"`" = "$stamp" ]; then echo "[$RUN/$name] up to date"; return; fi
+  lock "$me.running"
+  echo "[$RUN/$name] $command"
+  rm -f "$me.stamp" "$me.exit"
+  FRESH=--restart                          # what another command or other code left half done is dropped …
+  [ "`read_or_nothing "$me.started"`" != "$stamp" ] || FRESH=     # … and what this one left is resumed
+  echo "$stamp" > "$me.started"
+  export FRESH
+  began=`date +%s`
+  set -m                                   # a process group of its own, and in the background: so signals reach both
+  { bash -c "set -Eeuo pipefail; $command" 2>&1 && echo 0 > "$me.exit" || echo $? > "$me.exit"; } </dev/null |
+    tee -i "$me.log" &
+  CHILD=`jobs -p %+ || true`
+  set +m
+  wait || true
+  CHILD= status=`read_or_nothing "$me.exit"`
+  status=${status:-137}
+  if [ "$status" -ne 0 ]; then
+    printf '\nStage %s failed (exit %s). The last lines of %s:\n' "$name" "$status" "$me.log" >&2
+    tr '\r' '\n' < "$me.log" | tail -n 5 | sed 's/^/    /' >&2
+    echo "Mend the cause and run the same command again: finished stages are skipped, this one resumes." >&2
+    exit "$status"
   fi
-  [ "$name" != "$UNTIL" ] || { echo "Done, up to stage $UNTIL."; exit 0; }
+  ended=`date +%s`
+  echo $((ended - began)) > "$me.seconds"
+  echo "$stamp" > "$me.stamp.tmp" && mv "$me.stamp.tmp" "$me.stamp"
+  rm -f "$LOCK"; LOCK=
 }
 
 python3_10() {  # the interpreter to make the environment with: PYTHON, or the first that is new enough
@@ -121,8 +122,7 @@ python3_10() {  # the interpreter to make the environment with: PYTHON, or the f
     if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo "$p"; return; fi
     [ -z "${PYTHON:-}" ] || break
   done
-  echo "reproduce.sh: ${PYTHON:-python3} is no Python 3.10 or newer: install one, or set PYTHON=/path/to/python3" >&2
-  exit 3
+  fail 3 "${PYTHON:-python3} is not Python 3.10 or newer: install one, or set PYTHON=/path/to/python3"
 }
 
 environment() {  # .venv with the pinned packages; one that this script left half made is made again, no other
@@ -130,15 +130,24 @@ environment() {  # .venv with the pinned packages; one that this script left hal
   export NEW_ENV=:                              # not part of the stage's command: that is the same the next time
   if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
       "$VENV" 2>/dev/null; then
-    if [ -e "$VENV" ] && [ "$(cat runs/env.venv 2>/dev/null)" != "$VENV" ]; then
-      echo "reproduce.sh: $VENV is there and is no Python environment with pip: move it, or set VENV" >&2
-      exit 2
+    if [ -e "$VENV" ] && [ "`read_or_nothing runs/env.venv`" != "$VENV" ]; then
+      fail 2 "$VENV exists and is not a Python environment with pip: move it, or set VENV"
     fi
     python=`python3_10`
-    mkdir -p runs && echo "$VENV" > runs/env.venv && rm -f runs/env.stamp
-    NEW_ENV="$(printf %q "$python") -m venv --clear $(printf %q "$VENV")"
+    mkdir -p runs 2>/dev/null || fail 3 "cannot write in $PWD: it needs a folder runs/ for its work"
+    echo "$VENV" > runs/env.venv && rm -f runs/env.stamp
+    NEW_ENV="`printf %q "$python"` -m venv --clear `printf %q "$VENV"`"
   fi
-  stage env requirements.txt "" "$PY" "eval \"\$NEW_ENV\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+  stage env requirements.txt "" "$PY" \
+    "eval \"\$NEW_ENV\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+}
+
+language_model() {  # the default one, or LM; its fingerprint is part of a stage's command, so a changed folder is seen
+  local name identity='import sys, uip; print(uip.lm_identity(sys.argv[1])["fingerprint"])'
+  name=`printf %q "${LM:-models/default}"`
+  [ -n "$LM" ] || stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
+  [ -z "$LM" ] || stage lm "" env . "echo LM=$name `"$PY" -c "$identity" "$LM"`"
+  ARGS="--lm $name --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
 }
 
 seconds() {  # seconds per stage of the run so far, as JSON
@@ -149,97 +158,95 @@ seconds() {  # seconds per stage of the run so far, as JSON
   done
   printf '}\n'
 }
-export -f at seconds
+export -f at seconds read_or_nothing
 
-language_model() {  # the default one, or which one LM is
-  if [ -z "$LM" ]; then
-    stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
-  else
-    stage lm "" env . "echo LM=$(printf %q "$LM") $(head -c 4000000 "$LM"/*.safetensors 2>/dev/null | hash_of)"
-  fi
-}
-
-# shop NAME "FLAGS of data.py planted": every stage, from the environment to the table
+# shop NAME "FLAGS of data.py planted" "FLAGS of uip.py fit" FEATURES: every stage, from the environment to the records
 shop() {
-  local flags=$2 d=runs/$1 r=results/$1 lm=${LM:-models/default}
+  local d=runs/$1 r=$RESULTS/$1
   export RUN=$1
   environment
   language_model
-  lm=`printf %q "$lm"`
-  stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $flags"
-  stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" \
-    "$EM fit --data $d/data --lm $lm --out $d/profiles --codes $CODES --steps 3 --dtype $DTYPE --device $DEVICE$WITHOUT \$FRESH"
-  stage bank codebook.py "data profiles" "$r/score.json" \
-    "$Q codebook.py bank --profiles $d/profiles --out $d/bank && mkdir -p $r && $Q codebook.py score --profiles $d/profiles --data $d/data --out $r/score.json && $Q codebook.py cards --profiles $d/profiles --data $d/data --out $r/cards.md"
-  stage ctr ctr.py "data bank" "$r/${MODELS%%,*}_none_0.json" \
-    "$Q ctr.py run --data $d/data --bank $d/bank --models $MODELS --features $FEATURES --seeds $SEEDS $CLICK --device $DEVICE --out $r \$FRESH"
-  stage table ctr.py "bank ctr" "$r/summary.json" \
-    "seconds > $r/seconds.json && $Q ctr.py table $r --out $r/table.md --summary $r/summary.json"
+  stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $2"
+  profiles_and_bank "$d" "$r" "$3"
+  stage ctr "ctr.py codebook.py" "data profiles" "$r/runs.jsonl" \
+    "$Q ctr.py run --data $d/data --profiles $d/profiles --models ${5:-deepfm} --features $4 --seeds ${SEEDS:-5} \
+     --lr 0.02 --l2 0.001 --device $DEVICE --out $r \$FRESH"
+  stage table "ctr.py results/report.py" "bank ctr" "$r/summary.json" \
+    "seconds > $d/seconds.json && $Q results/report.py summary --results $r --profiles $d/profiles \
+     --seconds $d/seconds.json && $PAGES"
 }
 
-# real NAME "ARGUMENTS of data.py": first some users are new: EM on the others' first 8 rows, then everyone's IDs from their
-# first 1 to 8, also without tuning and without an LLM. Then all users are warm; and what their IDs tell of gender, age and
-# occupation, where those are known
+profiles_and_bank() {  # profiles_and_bank RUN_FOLDER RESULTS_FOLDER "FLAGS of uip.py fit"
+  local from="--profiles $1/profiles --data $1/data"
+  stage profiles "uip.py codebook.py" "lm data" "$1/profiles/profiles.npz" \
+    "$EM fit --data $1/data --out $1/profiles $3 $ARGS"
+  stage bank "codebook.py results/report.py" "data profiles" "$2/score.json" \
+    "$Q codebook.py bank --profiles $1/profiles --out $1/bank && mkdir -p $2 && \
+     $Q results/report.py score $from --out $2 && $Q codebook.py cards $from --out $2/cards.md"
+}
+PAGES="$Q results/report.py --results $RESULTS"    # makes all pages from the records; the top README from results/ only
+[ "$RESULTS" = results ] || PAGES="$PAGES --readme $RESULTS/none"
+ALL=none,random,shuffled,stats,gap,untuned,bag,userip,stats+userip
+
+# real NAME "ARGUMENTS of data.py": one text table, then new and warm users, with the labels liked and chosen
 real() {
-  local d=runs/$1 r=results/$1 few=${GIVEN:-deepfm} n part w before=warmctr
-  local em="--lm $(printf %q "${LM:-models/default}") --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
-  local fit="--codes 4,8 --rounds 0 --steps 1 --shrink 20"       # chosen without the test users: results/ml-100k/log.md
-  local all=$FEATURES,hobby,background,stats+background,gap,stats+gap
-  local click="--seeds $SEEDS --lr 0.002 --l2 0.0003 --dim 4 --batch 1024 --device $DEVICE"
+  local d=runs/$1 r=$RESULTS/$1 protocol label seeds
+  local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
   export RUN=$1
   environment
   language_model
   stage data data.py env "$d/data/meta.json" "$Q data.py $2 --out $d/data"
-  stage profiles "uip.py codebook.py" "lm data" "$d/profiles/profiles.npz" "$EM fit --data $d/data/new --out $d/profiles $fit $em"
-  for n in $KNOWN; do
-    stage "infer$n" "uip.py codebook.py" profiles "$d/profiles$n/profiles.npz" \
-      "$EM infer --data $d/data/new/n$n --profiles $d/profiles --out $d/profiles$n $em"
-    stage "bank$n" codebook.py "infer$n" "$d/bank$n/meta.json" "$Q codebook.py bank --profiles $d/profiles$n --out $d/bank$n"
-    stage "ctr$n" ctr.py "bank$n" "$r/new$n/${few%%,*}_none_0.json" \
-      "$Q ctr.py run --data $d/data/new/n$n --bank $d/bank$n --drop user --models $few --features $all $click --out $r/new$n \$FRESH"
-  done
-  for part in tuning llm; do
-    w=$d/without-$part
-    stage "without-$part" "uip.py codebook.py" "lm data" "$w/profiles/profiles.npz" \
-      "$EM fit --data $d/data/new --out $w/profiles $fit --without $part $em"
-    for n in $(printf '%s\n' "${KNOWN%% *}" "${KNOWN##* }" | uniq); do
-      before="$before without-$part-$n"
-      stage "without-$part-$n" "uip.py codebook.py ctr.py" "without-$part" "$r/without-$part-new$n/${few%%,*}_none_0.json" \
-        "$EM infer --data $d/data/new/n$n --profiles $w/profiles --out $w/profiles$n $em && $Q codebook.py bank --profiles $w/profiles$n --out $w/bank$n && $Q ctr.py run --data $d/data/new/n$n --bank $w/bank$n --drop user --models $few --features none,stats,userip,background,stats+userip $click --out $r/without-$part-new$n \$FRESH"
+  profiles_and_bank "$d" "$r" "--codes $CODES --guide"
+  [ ! -f "$d/data/truth.npz" ] || stage meaning results/report.py bank "$r/meaning.json" \
+    "$Q results/report.py meaning --profiles $d/profiles --data $d/data --out $r"
+  for label in liked chosen; do
+    for protocol in new warm; do
+      case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac      # intervals of new are over five folds, of warm over seeds
+      stage "$protocol-$label" "ctr.py codebook.py" profiles "$r-$protocol-$label/runs.jsonl" \
+        "$Q ctr.py run --data $d/data --profiles $d/profiles --protocol $protocol --label $label --features $features \
+         --seeds ${SEEDS:-$seeds} $CLICK --device $DEVICE --out $r-$protocol-$label \$FRESH"
+      stage "$protocol-$label-table" "ctr.py results/report.py" "$protocol-$label" \
+        "$r-$protocol-$label/table.md" "$PAGES"
+      cat "$r-$protocol-$label/table.md"
     done
   done
-  stage warm "uip.py codebook.py" "lm data" "$d/warm/profiles.npz" "$EM fit --data $d/data --out $d/warm $fit $em"
-  stage warmbank codebook.py warm "$r/cards.md" \
-    "$Q codebook.py bank --profiles $d/warm --out $d/warmbank && mkdir -p $r && $Q codebook.py cards --profiles $d/warm --data $d/data --out $r/cards.md"
-  [ ! -f "$d/data/truth.npz" ] || stage meaning codebook.py warm "$r/meaning.json" \
-    "$Q codebook.py meaning --profiles $d/warm --data $d/data --out $r/meaning.json"
-  stage warmctr ctr.py warmbank "$r/warm/${MODELS%%,*}_none_0.json" \
-    "$Q ctr.py run --data $d/data --bank $d/warmbank --models $MODELS --features $FEATURES $click --out $r/warm \$FRESH"
-  stage table ctr.py "$(printf 'ctr%s ' $KNOWN) $before" "$r/table.md" "$Q ctr.py tables results"
-  cat "$r/known.md" "$r/warm.md"
+}
+CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
+
+every_set() {
+  local set
+  for set in $SETS; do
+    real "`echo "$set" | tr ':/' '--'`" "$set${CAP:+ --users $CAP}${RAW:+ --raw `printf %q "$RAW"`}"
+  done
 }
 
+[ "$RESULTS" = results ] || echo "With settings of your own, results go to $RESULTS; those in results/ stay."
 case ${1:-demo} in
   -h | --help | help) usage ;;
   demo)
-    shop demo "--seed 0"; cat results/demo/table.md
-    echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon)." ;;
+    shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
+    cat "$RESULTS/demo/table.md"
+    if [ "$DEVICE" != cpu ] && "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+      echo "A CUDA device is here: next comes \`full\` ($SETS). Its times are in README.md."
+      echo "Ctrl-C stops it, and the same command resumes."
+      every_set
+    else
+      echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon; times in README.md)."
+    fi ;;
   small) real ml-100k ml-100k ;;
-  full) for set in $SETS; do real "${set//[:\/]/-}" "$set --new${CAP:+ --users $CAP}"; done ;;
-  env | lm | data | profiles | bank | ctr | table) UNTIL=$1; shop demo "--seed 0" ;;
+  full) every_set ;;
   seeds)
-    shop demo "--seed 0"
-    FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
-    shop demo-1 "--seed 1"; shop demo-2 "--seed 2"; shop null "--seed 0 --null"
-    "$PY" ctr.py tables results
-    cat results/shops.md ;;
+    shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
+    for seed in 1 2; do shop demo-$seed "--seed $seed" "--codes 4,3" $ALL; done
+    shop null "--seed 0 --null" "--codes 4,3" $ALL ;;
   ablations)
-    shop demo "--seed 0"
-    FEATURES=none,random,shuffled,stats,userip MODELS=${GIVEN:-deepfm}
-    for part in em views mask kmeans pretraining tuning llm; do WITHOUT=" --without $part"; shop "without-$part" "--seed 0"; done
-    for k in 2 8 16 32; do WITHOUT= CODES=$k,$k; shop "codes-$k" "--seed 0"; done
-    "$PY" ctr.py tables results
-    cat results/ablations.md results/sizes.md ;;
+    shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
+    for part in em kmeans signal tuning causality llm views mask pretraining; do
+      case $part in views | mask | pretraining) table= ;; *) table="--table runs/demo/profiles/table" ;; esac
+      shop "demo-without-$part" "--seed 0" "--codes 4,3 --without $part $table" none,userip
+    done
+    table="--table runs/demo/profiles/table"
+    for k in 2 8 16 32; do shop "demo-codes-$k" "--seed 0" "--codes $k,$k $table" none,userip; done ;;
   test)
     shift; export RUN=test; environment
     "$PY" -m pytest -q -p no:cacheprovider -o "markers=slow: minutes, run by .ci/run" -m "not slow" "$@" test_uip.py ;;

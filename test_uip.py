@@ -1,7 +1,7 @@
-"""Tests of the kit: no download, no GPU. `bash reproduce.sh test` runs them, with `-m slow` the slow ones."""
-import ast
+"""Tests of the kit, in the order of the modules. They download nothing and need no GPU; slow ones are marked."""
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -10,1552 +10,176 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import random
 import re
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
 import tracemalloc
-import warnings
 import zipfile
 from collections import Counter
-from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig, PreTrainedTokenizer,
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig,
+                          PreTrainedTokenizer, PreTrainedTokenizerFast, Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import logging
 
 import codebook
 import ctr
 import data
 import uip
-from codebook import Bank, Fault, ari, assign, hash_user, hash_users, kmeans, perplexity, vq
-
-HERE = Path(__file__).parent
-
-
-# ------------------------------------------------------------------------------------- uip.py: layout, mask, likelihood
-
-class Words:
-    """A tokenizer of whole words: ids from 3 in order of appearance; 0 is padding, 1 BOS, 2 EOS."""
-    bos_token_id, eos_token_id = 1, 2
-
-    def __init__(self):
-        self.ids = {"<pad>": 0, "<eos>": 2}
-
-    def encode(self, text, add_special_tokens=False):
-        return [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]
-
-
-SPEC = {"profiles": {"hobby": "the hobby is", "background": "spending"},
-        "kinds": {"title": {"lead": "user bought", "view": ["hobby"]}, "price": {"lead": "paid", "view": ["background"]},
-                  "review": {"lead": "user wrote", "view": ["hobby", "background"]}}}
-TEXTS = [{"title": ["red rod", "red reel", "line"], "price": ["9", "9", "40"], "review": ["good rod <eos> <pad>"]},
-         {"title": ["line"], "price": []},
-         {"review": ["bad reel", "bad", "so very bad reel indeed"]}]
-
-
-def tiny_lm(kind, dtype=torch.float32, attention="eager", seed=0):
-    torch.manual_seed(seed)
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
-                            bos_token_id=1, eos_token_id=2)
-    else:
-        make = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[kind]
-        config = make(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4)
-    config._attn_implementation = attention
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
-
-
-def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, **options):
-    lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m)
-    rows = [uip.pack(text, layout) for text in texts]
-    theta = torch.randn(len(texts), 2, m, 32, generator=torch.Generator().manual_seed(1))
-    batch = uip.collate(rows, layout, uip.prefix(lm, layout) if cached else None, dtype=lm.dtype)
-    return lm, layout, rows, batch, theta
-
-
-def one_by_one(lm, layout, texts, theta):
-    """−log P(B|θ) of one user by the definition: every text alone, BOS name θ lead value, log-softmax token by token."""
-    embed, total = lm.get_input_embeddings(), 0.0
-    for kind, values in texts.items():
-        lead, view = layout.kinds[kind]
-        for value in values:
-            words = layout.tokenizer.encode(value)
-            parts, block, position = [embed(torch.tensor([layout.bos]))], [0], [0]
-            for p in range(2):
-                if view[p]:
-                    parts += [embed(torch.tensor(layout.names[p])), theta[p]]
-                    n = len(layout.names[p]) + layout.m
-                    block, position = block + [p + 1] * n, position + list(range(1, n + 1))
-            tail = [*lead, *words]
-            x = torch.cat([*parts, embed(torch.tensor(tail))])[None]
-            block, position = block + [9] * len(tail), position + list(range(layout.start, layout.start + len(tail)))
-            n = len(block)
-            sees = [[j <= i and (block[j] == 0 or block[j] == block[i] or block[i] == 9) for j in range(n)] for i in range(n)]
-            mask = torch.where(torch.tensor(sees), 0.0, -1e9).to(x.dtype)[None, None]
-            logits = lm(inputs_embeds=x, attention_mask=mask, position_ids=torch.tensor([position])).logits[0]
-            for i, word in enumerate(words, n - len(words)):
-                total -= float(logits[i - 1, word] - logits[i - 1].double().exp().sum().log())
-    return total
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
-@pytest.mark.parametrize("m", [1, 3])
-def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
-    lm, layout, _, batch, theta = case(kind, m, dtype=torch.float64)
-    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
-    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_one_view_needs_no_mask_of_ours(kind):
-    """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees."""
-    lm, layout, _, batch, theta = case(kind, texts=[{"title": ["red rod"]}], dtype=torch.float64)
-    ids = [*layout.names[0], *[0] * layout.m, *layout.kinds["title"][0], *layout.tokenizer.encode("red rod")]
-    x = lm.get_input_embeddings()(torch.tensor([[layout.bos, *ids]]))
-    x[0, 1 + len(layout.names[0]):1 + len(layout.names[0]) + layout.m] = theta[0, 0].double()
-    logp = lm(inputs_embeds=x).logits[0].log_softmax(-1)
-    want = -sum(logp[i - 1, token] for i, token in ((-2, ids[-2]), (-1, ids[-1])))
-    assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(want), rel=1e-6)
-
-
-def test_pack_by_hand():
-    layout = uip.Layout.build(SPEC, Words(), m=2)
-    token = layout.tokenizer.ids
-    row = uip.pack({"title": ["red rod", "red reel", "red rod"], "price": ["red"]}, layout)
-    words = ["user", "bought", "red", "rod", "reel", "paid", "red"]
-    assert row.ids == [token[w] for w in words]
-    assert row.parents == [0, 0, 1, 2, 2, 5, 5]
-    assert row.labels == [0, 0, 3, 2, 1, 0, 1]                        # texts through each value token, none for leads
-    assert layout.start == 6                                          # after BOS, "the hobby is" and two soft tokens
-    assert row.positions == [6, 7, 8, 9, 9, 6, 7]
-    assert row.views == [(True, False)] * 5 + [(False, True)] * 2
-
-
-def test_mask_by_hand():
-    """Columns: BOS | the hobby is | spending | θ₁ θ₂ | user bought rod, paid 9."""
-    layout = uip.Layout.build(SPEC, Words(), m=1)
-    batch = uip.collate([uip.pack({"title": ["rod"], "price": ["9"]}, layout)], layout)
-    sees = ["x..........",
-            "xx.........", "xxx........", "xxxx.......",
-            "x...x......",
-            "xxxx.x.....",
-            "x...x.x....",
-            "xxxx.x.x...", "xxxx.x.xx..", "xxxx.x.xxx.",
-            "x...x.x...x"]
-    sees.append("x...x.x...xx")
-    want = torch.tensor([[c == "x" for c in line.ljust(12, ".")] for line in sees])
-    assert torch.equal(batch.mask[0, 0] == 0, want)
-    assert batch.mask.dtype == torch.float32 and batch.mask[0, 0][~want].max() < -1e30
-    assert batch.positions[0].tolist() == [0, 1, 2, 3, 1, 4, 2, 5, 6, 7, 5, 6]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("cached", [True, False])
-def test_padding_and_cache_change_nothing(kind, cached):
-    lm, layout, rows, _, theta = case(kind)
-    together = uip.nll(lm, uip.collate(rows, layout, uip.prefix(lm, layout)), theta)
-    alone = [uip.nll(lm, uip.collate([row], layout, uip.prefix(lm, layout) if cached else None), theta[u:u + 1])
-             for u, row in enumerate(rows)]
-    assert torch.cat(alone).tolist() == pytest.approx(together.tolist(), rel=1e-5)
-
-
-def test_without_mask_or_views_the_profiles_do_touch():
-    """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
-    for without in ("mask", "views"):
-        lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words(), m=2, without=without)
-        rows, theta = [uip.pack(TEXTS[0], layout)], torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
-        batches = [uip.collate(rows, layout, cache) for cache in (uip.prefix(lm, layout), None)]
-        before = [uip.hidden(lm, batch, theta)[:, batch.slots.start:] for batch in batches]
-        torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
-        theta[:, 0] += torch.randn(2, 32)
-        changed = (uip.hidden(lm, batches[0], theta) != before[0]).any(-1)[0]
-        background, evidence = slice(2, 4), slice(4, None)             # columns: θ₁ θ₁ θ₂ θ₂ evidence
-        assert changed[background].all() == (without == "mask") and changed[evidence].all()
-
-
-def test_pooled_is_the_mean_state_of_the_value_tokens():
-    lm, layout, rows, batch, theta = case("llama", m=2, texts=[{"title": ["red rod", "red reel"], "price": ["9"]}])
-    h = uip.hidden(lm, batch, theta)[0, batch.slots.stop:]             # user bought red rod reel | paid 9
-    found, value = uip.pooled(lm, layout, rows, theta, cache=batch.prefix)
-    hobby = (2 * h[2] + h[3] + h[4]) / 4
-    torch.testing.assert_close(found[0], torch.stack([hobby, h[6]])[:, None].expand(2, 2, 32), rtol=1e-5, atol=1e-5)
-    assert value.tolist() == [0]
-    table = torch.arange(64.0)[:, None].expand(64, 32)                 # a bag of tokens: the mean of their ids here
-    bag, token = uip.pooled(lm, layout, rows, theta, table=table)[0][0], layout.tokenizer.ids
-    assert bag[:, 0, 0].tolist() == [(2 * token["red"] + token["rod"] + token["reel"]) / 4, token["9"]]
-
-
-@pytest.mark.parametrize("change", ["theta", "name"])
-def test_a_profile_cannot_touch_another(change):
-    """Other name or θ of hobby: background's states, and those of evidence in its view, stay bit for bit."""
-    lm, layout, rows, batch, theta = case(cached=False)
-    before = uip.hidden(lm, batch, theta)
-    if change == "theta":
-        theta[:, 0] += torch.randn(3, 2, 32)
-    else:
-        batch.ids[:, 1:1 + len(layout.names[0])] += 7
-    after = uip.hidden(lm, batch, theta)
-    _, block, _ = layout.fixed()
-    fixed = [i for i, b in enumerate(block) if b != 1]
-    assert torch.equal(before[:, fixed], after[:, fixed])
-    prices = [len(block) + i for i, view in enumerate(rows[0].views) if view == (False, True)]
-    titles = [len(block) + i for i, view in enumerate(rows[0].views) if view == (True, False)]
-    assert torch.equal(before[0, prices], after[0, prices])
-    assert not torch.isclose(before[0, titles], after[0, titles]).all(-1).any()
-
-
-def test_order_of_evidence_does_not_matter():
-    lm, layout, _, batch, theta = case()
-    turned = [{kind: texts[::-1] for kind, texts in reversed(text.items())} for text in TEXTS]
-    other = uip.collate([uip.pack(text, layout) for text in turned], layout, uip.prefix(lm, layout))
-    assert uip.nll(lm, other, theta).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_gradient_of_theta(kind, monkeypatch):
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * (         # the library's is fp32 inside
-        x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
-    lm, _, _, batch, theta = case(kind, m=1, texts=TEXTS[:2], dtype=torch.float64, attention="sdpa")
-    theta = theta[:2].double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: uip.nll(lm, batch, t), theta)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_sdpa_equals_eager(kind):
-    values = [uip.nll(lm, batch, theta) for lm, _, _, batch, theta in (case(kind, attention=a) for a in ("sdpa", "eager"))]
-    assert values[0].tolist() == pytest.approx(values[1].tolist(), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_lm_moves_fp32_theta(dtype):
-    lm, layout, rows, _, theta = case(dtype=dtype)
-    found, value = uip.e_step(lm, layout, rows, theta, steps=3, lr=0.01)
-    assert found.dtype == value.dtype == torch.float32
-    assert found.isfinite().all() and value.isfinite().all() and (found != theta).flatten(1).any(1).all()
-    full = case()
-    want = uip.nll(full[0], full[3], theta)
-    assert uip.nll(lm, uip.collate(rows, layout, dtype=dtype), theta).tolist() == pytest.approx(want.tolist(), rel=0.03)
-
-
-def test_only_theta_trains():
-    lm, layout, rows, _, _ = case(m=1)
-    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
-    uip.fit(lm, layout, rows, [2, 1], rounds=1, steps=2, log=lambda line: None)
-    assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
-    assert all(weight.grad is None for weight in lm.parameters())
-    with pytest.raises(ValueError, match="freeze"):
-        uip.fit(lm.requires_grad_(True), layout, rows, [2, 1])
-
-
-# --------------------------------------------------------------------------------------------------- uip.py: EM
-
-def shop(n, null=False, seed=0):
-    """(hobby, background) of n planted users and their texts: eight of each kind, one in ten off the profile."""
-    draw, truth, texts = random.Random(seed), [], []
-    for _ in range(n):
-        truth.append((draw.randrange(4), draw.randrange(3)))
-        own = [lambda k, z=z: draw.randrange(k) if null or draw.random() < 0.1 else z for z in truth[-1]]
-        texts.append({"title": [f"h{own[0](4)}" for _ in range(8)],
-                      "price": [f"p{own[1](3)}" for _ in range(8)]})
-    return torch.tensor(truth), texts
-
-
-def fitted(kind="llama", null=False, n=120, rounds=2, codes=(4, 3), **options):
-    truth, texts = shop(n, null)
-    lm, layout = tiny_lm(kind), uip.Layout.build(SPEC, Words())
-    rows = [uip.pack(text, layout) for text in texts]
-    settings = dict(rounds=rounds, steps=10, lr=0.03, lam=0.05, log=lambda line: None) | options
-    return lm, layout, rows, truth, uip.fit(lm, layout, rows, list(codes), **settings)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_em_finds_planted_profiles_and_F_never_falls(kind):
-    _, _, _, truth, found = fitted(kind)
-    for p in (0, 1):
-        assert codebook.ari(found.ids[:, p], truth[:, p]) >= 0.8
-        assert abs(codebook.ari(found.ids[:, p], truth[:, 1 - p])) <= 0.1
-    F = [entry["F"] for entry in found.trace]
-    assert [(e["round"], e["half"]) for e in found.trace] == [(0, "M"), (1, "E"), (1, "M"), (2, "E"), (2, "M")]
-    assert all(after >= before - 1e-6 * abs(before) for before, after in zip(F, F[1:])) and F[-1] > F[0] + 1
-
-
-def test_em_finds_nothing_where_nothing_is():
-    _, _, _, truth, found = fitted(null=True)
-    assert all(abs(codebook.ari(found.ids[:, p], truth[:, q])) < 0.2 for p in (0, 1) for q in (0, 1))
-
-
-def test_F_by_its_formula_and_tau_fixed():
-    lm, layout, rows, _, found = fitted(n=20, codes=(3, 2), lam=0.7)
-    first = fitted(n=20, codes=(3, 2), rounds=0)[-1]
-    x, mu = first.theta.double(), [m.double() for m in first.book.mu]
-    tau2 = [sum(float((x[u, p, 0] - mu[p][first.ids[u, p]]).square().sum()) for u in range(20)) / (20 * 32) for p in (0, 1)]
-    assert found.book.tau2.tolist() == pytest.approx(tau2, rel=1e-4)             # of the first round, to the end
-    F = 0.0
-    for u in range(20):
-        F -= float(uip.nll(lm, uip.collate([rows[u]], layout), found.theta[u:u + 1]))
-        for p in (0, 1):
-            gap = found.theta[u, p, 0] - found.book.mu[p][found.ids[u, p]]
-            F -= 0.5 * 0.7 * float(gap.double().square().sum()) / tau2[p]
-    assert found.trace[-1]["F"] == pytest.approx(F, rel=1e-4)
-
-
-def test_e_step_never_leaves_a_user_worse_and_the_prior_pulls():
-    lm, layout, rows, _, theta = case()
-    batch = uip.collate(rows, layout)
-    good, start = uip.e_step(lm, layout, rows, theta, steps=30, lr=0.05)
-    wild, value = uip.e_step(lm, layout, rows, good, steps=4, lr=5.0)            # far too large a step
-    assert (value <= start + 1e-4).all() and (start < uip.nll(lm, batch, theta) - 1).all()
-    assert value.tolist() == pytest.approx(uip.nll(lm, batch, wild).tolist(), rel=1e-5)
-    centre = torch.zeros(3, 2, 64)
-    held, _ = uip.e_step(lm, layout, rows, theta, centre, torch.tensor([1e4, 0.0]), steps=20, lr=0.05)
-    free, _ = uip.e_step(lm, layout, rows, theta, steps=20, lr=0.05)
-    assert (held[:, 0].norm(dim=(1, 2)) < 0.6 * free[:, 0].norm(dim=(1, 2))).all()
-    assert (held[:, 1].norm(dim=(1, 2)) > 0.8 * free[:, 1].norm(dim=(1, 2))).all()
-
-
-def test_e_step_finds_the_map_in_closed_form(monkeypatch):
-    """With ½ a‖θ‖² in place of the likelihood, the MAP under precision λ/τ² around μ is λ/τ² μ / (a + λ/τ²)."""
-    lm, layout, rows, _, theta = case(m=1)
-    monkeypatch.setattr(uip, "nll", lambda lm, batch, x: 0.5 * 2.0 * x.square().sum((1, 2, 3)))
-    found, value = uip.e_step(lm, layout, rows, theta, torch.ones(3, 2, 32), torch.tensor([6.0, 1.0]), steps=2000, lr=0.02)
-    assert torch.allclose(found[:, 0], torch.tensor(6 / 8), atol=0.01)
-    assert torch.allclose(found[:, 1], torch.tensor(1 / 3), atol=0.01)
-    assert value.tolist() == pytest.approx([32 * (0.75 ** 2 + 1 / 9)] * 3, rel=0.02)     # of the likelihood alone
-
-
-def test_shrunk_steps_are_as_long_as_the_evidence_is_large():
-    """θ − start = lr · Σ∇ / (value tokens + shrink): n equal texts move it n (L + s) / (n L + s) times as far as one."""
-    texts = [{"price": ["cheap 9"] * n} for n in (1, 4, 16)]
-    (lm, layout, rows, *_), L = case(m=1, texts=texts, cached=False), 2
-    start = lm.get_input_embeddings().weight.mean(0).repeat(3, 2, 1, 1)
-    found, _ = uip.e_step(lm, layout, rows, start, steps=1, lr=1e-3, shrink=6.0)
-    way = found - start
-    assert (way[:, 0] == 0).all() and (way[:, 1] != 0).any(2).all()                # hobby was told nothing: no 0 / 0
-    for u, n in enumerate((1, 4, 16)):
-        assert torch.allclose(way[u, 1], way[0, 1] * n * (L + 6) / (n * L + 6), rtol=1e-3, atol=1e-7)
-    x = start[:1].clone().requires_grad_()
-    uip.nll(lm, uip.collate(rows[:1], layout), x).sum().backward()
-    assert torch.allclose(way[0], -1e-3 * x.grad[0] / (L + 6), rtol=1e-3, atol=1e-7)
-    equal = uip.e_step(lm, layout, rows, start, steps=1, lr=1e-3)[0] - start      # Adam: all as far
-    assert torch.allclose(equal[0, 1], equal[2, 1], rtol=1e-3, atol=1e-6)
-
-
-def test_m_step_starts_from_the_codebook_it_is_given():
-    """Codes keep their places (by size they would swap), μ and π are those of the users, τ² stays."""
-    theta = torch.cat([torch.zeros(10, 1, 1, 4), torch.ones(5, 1, 1, 4)]) + 0.01 * torch.randn(15, 1, 1, 4)
-    before = uip.Book([torch.tensor([[0.9] * 4, [0.2] * 4])], [torch.tensor([0.5, 0.5])], torch.tensor([7.0]))
-    book, ids = uip.m_step(theta, [2], before)
-    assert ids.flatten().tolist() == [1] * 10 + [0] * 5 and book.tau2.tolist() == [7.0]
-    assert torch.allclose(book.mu[0], torch.stack([theta[10:].mean(0), theta[:10].mean(0)]).reshape(2, 4), atol=1e-5)
-    assert book.pi[0].tolist() == pytest.approx([1 / 3, 2 / 3])
-
-
-def test_shards_and_budget_do_not_change_the_result():
-    one, other = fitted(n=21)[-1], fitted(n=21, shard=4, budget=30)[-1]
-    assert torch.equal(one.ids, other.ids) and torch.allclose(one.nll, other.nll, rtol=1e-3)
-
-
-def test_new_users_get_the_codes_that_training_would_give():
-    lm, layout, rows, truth, found = fitted()
-    fold = lambda rows: uip.fit(lm, layout, rows, [4, 3], rounds=2, steps=10, lr=0.03, lam=0.05, book=found.book,
-                                log=lambda line: None)
-    again = fold(rows)
-    assert (again.ids == found.ids).float().mean() >= 0.95                       # the users of training, as if new
-    assert all(torch.equal(a, b) for a, b in zip(again.book.mu, found.book.mu))
-    new, texts = shop(60, seed=5)                                                # users nobody has seen
-    ids = fold([uip.pack(text, layout) for text in texts]).ids
-    for p in (0, 1):
-        assert codebook.ari(torch.cat([found.ids[:, p], ids[:, p]]), torch.cat([truth[:, p], new[:, p]])) >= 0.8
-
-
-def test_collapse_is_reported_loudly():
-    lines, same = [], [{"title": ["rod"], "price": ["9"]}] * 12 + [{"title": ["reel"], "price": ["40"]}]
-    lm, layout = tiny_lm("llama"), uip.Layout.build(SPEC, Words())
-    uip.fit(lm, layout, [uip.pack(text, layout) for text in same], [2, 2], rounds=0, steps=2, log=lines.append)
-    assert sum("collapsed" in line for line in lines) == 2
-
-
-# numbers gone wrong: a defined behaviour each
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_loss_that_is_not_finite_ends_in_a_sentence_and_leaves_no_shard(bad, step, monkeypatch, tmp_path):
-    lm, layout, rows, _, _ = case(m=1)
-    honest, calls = uip.nll, []
-
-    def spoiled(*args):
-        calls.append(1)
-        return honest(*args) * (bad if len(calls) > step else 1.0)
-    monkeypatch.setattr(uip, "nll", spoiled)
-    with pytest.raises(Fault, match="not finite in torch.float32: try --dtype") as fault:
-        uip.fit(lm, layout, rows, [1, 1], rounds=0, folder=tmp_path, log=lambda line: None)
-    assert fault.value.code == 4 and not list(tmp_path.iterdir())
-
-
-def quiet_fit(lm, layout, texts, codes, **options):
-    return uip.fit(lm, layout, [uip.pack(text, layout) for text in texts], codes, log=lambda line: None, **options)
-
-
-@pytest.mark.parametrize("texts, codes", [
-    ([{"title": ["rod"]}], [1, 1]),                                    # one user, one token, K = 1
-    ([{"title": ["rod"]}] * 6, [4, 3]),                                # all the same, more codes than different users
-    ([{"price": ["9"]}, {"title": ["red rod"]}], [1, 2])])
-def test_degenerate_users_get_codes_and_finite_numbers(texts, codes):
-    lm, layout, *_ = case(m=1)
-    found = quiet_fit(lm, layout, texts, codes, rounds=2, steps=2)
-    F = [entry["F"] for entry in found.trace]
-    assert all(map(math.isfinite, F)) and all(after >= before - 1e-4 * abs(before) for before, after in zip(F, F[1:]))
-    assert found.theta.isfinite().all() and all(mu.isfinite().all() for mu in found.book.mu)
-    assert (found.ids >= 0).all() and (found.ids < torch.tensor(codes)).all()
-    if len(texts) == 6:
-        assert len(found.ids.unique(dim=0)) == 1                       # equal users, equal IDs
-        torch.testing.assert_close(found.theta[0], found.theta[5], rtol=1e-4, atol=1e-6)      # a row's place in a batch rounds
-
-
-def test_evidence_beyond_the_context_is_refused_by_its_length_not_its_number():
-    lm, *_ = case(m=1)
-    layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
-    words = " ".join(f"w{i}" for i in range(lm.config.max_position_embeddings))
-    lm.resize_token_embeddings(300)
-    with pytest.raises(Fault, match="the LLM reads 64") as fault:
-        quiet_fit(lm, layout, [{"title": [words]}], [1, 1])
-    assert fault.value.code == 4
-    quiet_fit(lm, layout, [{"title": words.split()}], [1, 1], rounds=0, steps=1)      # many short texts fit
-    cut = uip.Layout.build(SPEC, Words(), m=1)                                        # and 32 tokens is where texts are cut
-    assert len(uip.pack({"title": [words]}, cut).ids) == 2 + 32
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads(tied):
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=tied)).double().eval().requires_grad_(False)
-    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
-    uip.check_lm(lm)
-    _, layout, rows, _, theta = case()
-    batch = uip.collate(rows, layout, uip.prefix(lm, layout), dtype=lm.dtype)
-    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
-    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
-
-
-class Letters(PreTrainedTokenizer):
-    """A slow tokenizer, in plain Python: a letter is a token. Its BOS is whatever it is given."""
-    def __init__(self, **kwargs):
-        self.vocab = {chr(i): i for i in range(64)}
-        super().__init__(**kwargs)
-
-    vocab_size = property(lambda self: 64)
-    get_vocab = lambda self: self.vocab
-    _tokenize = lambda self, text, **kwargs: list(text)
-    _convert_token_to_id = lambda self, token: self.vocab.get(token, 0)
-    _convert_id_to_token = lambda self, index: chr(index)
-
-
-def test_slow_tokenizers_and_those_without_bos():
-    for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
-        layout = uip.Layout.build(SPEC, tokenizer)
-        assert layout.bos == bos and layout.encode("9 9") == (32, 57, 32, 57)
-        lm, texts = tiny_lm("llama"), [{"title": ["9", "12"]}]       # of the longer name, behind which all evidence stands
-        batch = uip.collate([uip.pack(texts[0], layout)], layout, uip.prefix(lm, layout))
-        theta = torch.zeros(1, 2, 1, 32)
-        assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(uip.naive(lm, layout, texts, theta)), rel=1e-5)
-    with pytest.raises(Fault, match="neither a BOS nor an EOS") as fault:
-        uip.Layout.build(SPEC, Letters())
-    assert fault.value.code == 4
-
-
-def test_out_of_memory_halves_the_budget_and_changes_no_result(monkeypatch, capsys):
-    lm, layout, *_ = case(m=1)
-    _, texts = shop(40)
-    rows = [uip.pack(text, layout) for text in texts]
-    want = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=64)
-    honest, most = uip.nll, [0]
-
-    def short(lm, batch, theta):
-        columns = len(batch.ids) * (batch.ids.shape[1] - 2)              # without the slots of θ
-        if columns > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        most[0] = max(most[0], columns)
-        return honest(lm, batch, theta)
-    monkeypatch.setattr(uip, "nll", short)
-    found = uip.fit(lm, layout, rows, [4, 3], log=lambda line: None, budget=700)
-    assert 50 < most[0] <= 100 and "going on with 350 tokens" in capsys.readouterr().err
-    assert torch.equal(found.ids, want.ids) and torch.allclose(found.theta, want.theta, atol=1e-5)
-    monkeypatch.setattr(uip, "nll", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room at all")))
-    with pytest.raises(torch.OutOfMemoryError):
-        uip.fit(lm, layout, rows, [4, 3], log=lambda line: None)
-
-
-def test_damaged_shards_are_computed_again(tiny, planted_folder, tmp_path, capsys, monkeypatch):
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
-    shards, honest = {}, uip.publish
-    monkeypatch.setattr(uip, "save_profiles", lambda folder, *args: shards.update(
-        {path.name: path.read_bytes() for path in folder.glob("shard_*")}))
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
-    monkeypatch.undo()
-    for n, (name, content) in enumerate(sorted(shards.items())):
-        bad = bytearray(content)
-        bad[n * len(bad) // 9] ^= 4
-        path = tmp_path / "out" / name
-        path.write_bytes([bad, content[:len(content) // 2], b"", content[:-32] + hashlib.sha256(b"").digest()][n % 4])
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
-    assert capsys.readouterr().err.count("computed again") == len(shards) == 8
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
-
-
-def test_the_naive_way_has_the_same_value_and_gradient():
-    texts = [{"title": ["red rod", "reel"], "price": ["9", "40"]}, {"title": ["line"], "price": ["9", "9", "9 and more"]}]
-    even = SPEC | {"profiles": {"hobby": "the hobby is", "background": "the spending is"}}   # names of one length
-    lm, layout, _, batch, theta = case(texts=texts, spec=even)
-    ours, other = theta.clone().requires_grad_(), theta.clone().requires_grad_()
-    a, b = uip.nll(lm, batch, ours), uip.naive(lm, layout, texts, other)
-    assert a.tolist() == pytest.approx(b.tolist(), rel=1e-5)
-    a.sum().backward()
-    b.sum().backward()
-    assert torch.allclose(ours.grad, other.grad, rtol=1e-3, atol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------- codebook.py
-
-
-def blobs(n=300, d=7, k=4, spread=0.3, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    which = torch.randint(k, (n,), generator=g)
-    return 3 * torch.randn(k, d, generator=g)[which] + spread * torch.randn(n, d, generator=g), which
-
-
-def naive_lloyd(x, c, iters):
-    """Row by row in float64; an empty code keeps its place (the data below have none)."""
-    x, c, history = x.double(), c.double().clone(), []
-    for _ in range(iters):
-        ids = [min(range(len(c)), key=lambda j: float((row - c[j]).square().sum())) for row in x]
-        history.append(sum(float((row - c[i]).square().sum()) for row, i in zip(x, ids)))
-        c = torch.stack([torch.stack([row for row, i in zip(x, ids) if i == j]).mean(0) for j in range(len(c))])
-    return c, history
-
-
-# ------------------------------------------------------------------------------------------------- k-means
-
-def test_kmeans_four_points_by_hand():
-    x = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [1.0, 1.0]])
-    # start at rows 0 and 3: {0, 1} is nearer to (0, 0), {2, 3} to (1, 1); means (.25, 0), (.75, 1); 4 · .25² = .25
-    found = kmeans(x, 2, init=x[[0, 3]])
-    assert found.ids.tolist() == [0, 0, 1, 1]
-    assert torch.allclose(found.centroids, torch.tensor([[0.25, 0.0], [0.75, 1.0]]))
-    assert found.inertia == pytest.approx(0.25)
-    assert found.history == pytest.approx([0.5, 0.25])                 # two rows 0.5 off the start, then converged
-    swapped = kmeans(x, 2, init=x[[3, 0]])                             # a warm start keeps its order
-    assert swapped.ids.tolist() == [1, 1, 0, 0]
-    assert kmeans(x, 2).ids.tolist() == [0, 0, 1, 1]                   # equal sizes: first coordinate decides
-
-
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_kmeans_equals_naive_loop(offset, monkeypatch):
-    monkeypatch.setattr(codebook, "chunk_rows", lambda x: 17)          # many chunks
-    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(3)) + offset
-    for iters in (1, 2, 4):
-        c, history = naive_lloyd(x, x[:3], iters)
-        found = kmeans(x, 3, n_init=1, iters=iters, init=x[:3])
-        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
-        assert found.history == pytest.approx(history, rel=1e-4)
-        nearest = torch.cdist(x.double(), found.centroids.double()).square().min(1)
-        assert torch.equal(found.ids, nearest.indices)
-        assert found.inertia == pytest.approx(float(nearest.values.sum()), rel=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [1, 99, 100, 101, 200, 1000])        # 200 rows: ends on, before and after an edge
-def test_kmeans_many_codes_equal_naive_loop_at_any_chunk(chunk, monkeypatch):
-    monkeypatch.setattr(codebook, "chunk_rows", lambda x: chunk)
-    x, _ = blobs(n=200, d=9, k=40, spread=1.0)
-    for iters in (1, 3):
-        c, history = naive_lloyd(x, x[:32], iters)
-        found = kmeans(x, 32, n_init=1, iters=iters, init=x[:32])
-        assert len(found.history) == iters and found.history == pytest.approx(history, rel=1e-4)
-        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
-        value, ids = torch.cdist(x.double(), found.centroids.double()).square().min(1)
-        assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(value.sum()), rel=1e-5)
-
-
-def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
-    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
-    for seed in range(5):
-        found = kmeans(x, 8, n_init=1, init=x[torch.randperm(500, generator=torch.Generator().manual_seed(seed))[:8]])
-        steps = [*found.history, found.inertia]
-        assert len(steps) > 4 and all(b <= a * (1 + 1e-6) for a, b in zip(steps, steps[1:]))
-    inertia = [kmeans(x, k).inertia for k in (1, 2, 4, 8, 16)]
-    assert inertia == sorted(inertia, reverse=True)
-    one = float((x - x.mean(0)).square().sum())
-    assert inertia[0] == pytest.approx(one, rel=1e-5)
-
-
-@pytest.mark.parametrize("offset", [0.0, 50.0])                       # without and with a centred copy
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_kmeans_leaves_its_input_alone(offset, dtype):
-    x = (blobs()[0] + offset).to(dtype)
-    before = x.clone()
-    found = kmeans(x, 4, iters=5)
-    found.centroids.add_(1)
-    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
-
-
-def test_kmeans_few_points():
-    x = torch.tensor([[0.0], [1.0], [5.0]])
-    exact = kmeans(x, 3)
-    assert exact.inertia < 1e-9 and sorted(exact.ids.tolist()) == [0, 1, 2]
-    assert exact.centroids.flatten().tolist() == pytest.approx([0, 1, 5], abs=1e-6)
-    five = torch.arange(5.0).repeat(20)[:, None] + 100                 # 5 distinct points, 10 codes
-    found = kmeans(five, 10)
-    assert found.inertia < 1e-6 and found.centroids.isfinite().all()
-    assert len(set(zip(five.flatten().tolist(), found.ids.tolist()))) == 5
-    same = kmeans(torch.full((6, 3), 7.0), 3)
-    assert same.inertia < 1e-9 and torch.allclose(same.centroids, torch.full((3, 3), 7.0))
-    for bad, k, code in [(x, 4, 2), (x[:0], 1, 2), (x, 0, 2), (x[:, 0], 1, 2)]:
-        with pytest.raises(Fault) as fault:
-            kmeans(bad, k)
-        assert fault.value.code == code
-    for value in (math.nan, math.inf):
-        with pytest.raises(Fault, match="row 1 is the first of 1") as fault:
-            kmeans(torch.tensor([[0.0], [value], [1.0]]), 2)
-        assert fault.value.code == 4
-
-
-def test_kmeans_empty_clusters_relocated_by_hand():
-    x = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-    # all rows are nearest to code 0 (at 0): code 1 (at 100) takes row 3, code 0 is left with {0, 1, 2}, mean 1
-    found = kmeans(x, 2, init=torch.tensor([[0.0], [100.0]]), iters=1)
-    assert found.centroids.flatten().tolist() == pytest.approx([1, 10], abs=1e-5)
-    assert found.ids.tolist() == [0, 0, 0, 1] and found.inertia == pytest.approx(2)
-    # two empty codes take two different rows, the farthest first: 10 and 2; code 0 keeps {0, 1}
-    found = kmeans(x, 3, init=torch.tensor([[0.0], [100.0], [200.0]]), iters=1)
-    assert found.centroids.flatten().tolist() == pytest.approx([0.5, 10, 2], abs=1e-5)
-
-
-def test_kmeans_order_and_seed():
-    x, which = blobs(k=5)
-    first = kmeans(x, 5, generator=torch.Generator().manual_seed(0))
-    assert ari(first.ids, which) > 0.99
-    sizes = first.ids.bincount().tolist()
-    assert sizes == sorted(sizes, reverse=True)
-    state = torch.random.get_rng_state()
-    other = kmeans(x, 5, generator=torch.Generator().manual_seed(99))  # another start, the same codes
-    assert torch.equal(first.ids, other.ids) and torch.allclose(first.centroids, other.centroids, atol=1e-4)
-    again = kmeans(x, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(first.centroids, again.centroids) and torch.equal(state, torch.random.get_rng_state())
-    shifted = kmeans(x + 100, 5)
-    assert torch.equal(shifted.ids, first.ids) and shifted.inertia == pytest.approx(first.inertia, rel=1e-3)
-    square = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-
-
-def test_kmeans_starts():
-    x = torch.zeros(1000, 2)
-    x[:3] = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])         # uniform starts would miss these three
-    assert len(codebook.seed_centroids(x, 4, torch.Generator().manual_seed(0)).unique(dim=0)) == 4
-    x, _ = blobs(k=12, d=2, spread=1.0)
-    one, ten = ([kmeans(x, 6, n_init=n, generator=torch.Generator().manual_seed(s)).inertia for s in range(4)]
-                for n in (1, 10))
-    assert all(b <= a for a, b in zip(one, ten)) and sum(ten) < 0.999 * sum(one)
-
-
-def test_kmeans_inertia_of_tight_clusters_is_exact():
-    tight = torch.tensor([-100.0, 100.0]).repeat(50)[:, None] + 0.01 * torch.randn(100, 8, generator=torch.Generator())
-    found = kmeans(tight, 2)
-    exact = (tight.double() - found.centroids[found.ids].double()).square().sum()
-    assert found.inertia == pytest.approx(float(exact), rel=1e-2)
-
-
-def test_kmeans_assign_far_from_zero():
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(2)) + 3000
-    ids, distance = assign(x, x[:6], chunk=7)
-    exact = torch.cdist(x.double(), x[:6].double()).square().min(1)
-    assert torch.equal(ids, exact.indices) and torch.allclose(distance.double(), exact.values, atol=1e-4)
-
-
-def test_ari_and_perplexity_by_brute_force():
-    rng = np.random.default_rng(0)
-    for ka, kb in [(2, 3), (4, 4), (1, 3), (5, 2)]:
-        a, b = rng.integers(0, ka, 40), rng.integers(0, kb, 40)
-        b[:20] = a[:20] % kb
-        pairs = [(a[i] == a[j], b[i] == b[j]) for i in range(40) for j in range(i)]
-        both, left, right = (sum(map(f, pairs)) for f in (all, lambda p: p[0], lambda p: p[1]))
-        chance = left * right / len(pairs)
-        assert ari(a, b) == pytest.approx((both - chance) / ((left + right) / 2 - chance))
-    assert ari([0, 0, 1], [5, 5, 2]) == 1 and ari([1, 1], [0, 0]) == 1 and math.isnan(ari([], []))
-    assert perplexity(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(4)
-    assert perplexity([2, 2], 4) == pytest.approx(1)
-    assert perplexity(np.array([0, 0, 0, 1]), 3) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-
-
-def test_kmeans_does_not_split_what_only_rounding_tells_apart():
-    """Six rows that differ in the last bit, and two groups of such: as many codes in use as there are rows to tell apart."""
-    noise = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)) * 1e-7
-    row = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    assert len(kmeans(row + noise, 4).ids.unique()) == 1
-    two = kmeans(torch.cat([row + noise, row + 0.01 + noise]), 4).ids
-    assert len(two[:6].unique()) == len(two[6:].unique()) == 1 and two[0] != two[6]
-    assert len(kmeans((row + noise).double() * torch.linspace(1, 1 + 1e-9, 6)[:, None].double(), 3).ids.unique()) == 3
-
-
-def test_vq_collapses_where_kmeans_does_not():
-    g = torch.Generator().manual_seed(0)
-    which = torch.randint(4, (400,), generator=g)
-    common = torch.randn(576, generator=g) / 576 ** 0.5 * 2.5          # norm ≈ 2.5, the groups ≈ 1 around it
-    x = common + (torch.randn(4, 576, generator=g)[which] + 0.3 * torch.randn(400, 576, generator=g)) / 24
-    for seed in range(3):
-        trained = vq(x, 4, steps=300, seed=seed)
-        assert perplexity(trained.ids, 4) < 1.5
-        assert trained.history[-1] < 0.7 * trained.history[0]          # it did train
-    found = kmeans(x, 4)
-    assert perplexity(found.ids, 4) > 3.5 and ari(found.ids, which) > 0.99
-    start = vq(x, 4, steps=0).centroids
-    assert 0.24 < float(start.max()) <= 0.25 and -0.25 <= float(start.min()) < -0.24
-    apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
-    assert vq(apart, 2, steps=1500, seed=3).inertia < 0.01 * len(apart)
-
-
-# ---------------------------------------------------------------------------------------------------- bank
-
-def make_bank(folder, n=2000):
-    users = [f"user{i}" for i in range(n)]
-    codes = np.random.default_rng(0).integers(1, 5, (n, 2))
-    return Bank.build(folder, users, codes, {"names": ["hobby", "background"], "lm": "tiny"}), users, codes
-
-
-def test_bank_round_trip(tmp_path):
-    bank, users, codes = make_bank(tmp_path / "bank")
-    order = np.random.default_rng(1).permutation(len(users))
-    asked = [users[i] for i in order]
-    assert (bank.lookup(asked) == codes[order]).all()
-    assert (bank.lookup(np.array(asked, "U40")) == codes[order]).all()
-    assert bank.lookup("user7").tolist() == [codes[7].tolist()]
-    assert bank.lookup("nobody").tolist() == [[0, 0]] and bank.lookup([]).shape == (0, 2)
-    assert bank.lookup(["nobody", "user3"]).tolist() == [[0, 0], codes[3].tolist()]
-    assert bank.codes.dtype == np.uint8 and bank.meta["names"] == ["hobby", "background"]
-    size = sum(os.path.getsize(bank.folder / name) for name in ("keys.npy", "codes.npy"))
-    assert size / len(users) <= 16
-    bank.verify()
-    numbers = Bank.build(tmp_path / "ints", np.arange(5, 300), np.arange(1, 296)[:, None])
-    assert numbers.codes.dtype == np.uint16
-    assert numbers.lookup(np.array([299, 4, 5])).flatten().tolist() == [295, 0, 1]
-    assert numbers.lookup(["299"]).tolist() == [[295]]
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["bank", "ints"]             # nothing half-written stays
-
-
-@pytest.mark.parametrize("n", [1, 2, 65, 100_000])
-def test_bank_find_equals_searchsorted(n):
-    rng = np.random.default_rng(n)
-    low = rng.integers(0, 1000 + n, n).astype(np.uint64)               # far from uniform: the full search has to help
-    for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), low, ~low, low + np.uint64(2**63)):
-        keys = np.unique(keys)
-        near = np.concatenate([keys, keys + np.uint64(1), keys - np.uint64(1), rng.integers(0, 2**64, n, np.uint64)])
-        row = codebook.find(keys, near)
-        assert ((keys[row] == near) == np.isin(near, keys)).all()
-
-
-def test_bank_hash_of_users():
-    # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
-    assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
-    names = ["", "a", "ab", "ünï", "日本語", "x" * 33, "A1B2C3"]
-    assert hash_users(names).tolist() == [hash_user(name) for name in names]
-    for kind in ("<U33", ">U50"):
-        assert (hash_users(np.array(names, kind)) == hash_users(names)).all()
-    assert (hash_users(np.array(names * 2)[::2]) == hash_users((names * 2)[::2])).all()
-    assert (hash_users(np.array([7, -12, 10**12])) == hash_users(["7", "-12", str(10**12)])).all()
-    assert len(np.unique(hash_users(np.arange(10**5)))) == 10**5 and hash_users([]).shape == (0,)
-
-
-def test_bank_refuses_bad_input(tmp_path, monkeypatch):
-    one = np.ones((2, 1), int)
-    with pytest.raises(Fault, match="'b' and 'b' are the same"):
-        Bank.build(tmp_path / "bank", ["a", "b", "b"], np.ones((3, 1), int))
-    for users, codes in [([], np.zeros((0, 2), int)), (["a"], one), (["a", "b"], one * 70000), (["a", "b"], -one),
-                         (["a", "b"], one * 0.5)]:
-        with pytest.raises(Fault) as fault:
-            Bank.build(tmp_path / "bank", users, codes)
-        assert fault.value.code == 4
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("keep")
-    with pytest.raises(Fault, match="is no bank"):
-        Bank.build(tmp_path / "home", ["a", "b"], one)
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "keep"
-    monkeypatch.setattr(codebook, "hash_users", lambda users: np.full(len(users), 9, np.uint64))
-    with pytest.raises(Fault, match="'a' and 'b' have the same hash"):
-        Bank.build(tmp_path / "bank", ["a", "b"], one)
-    assert not (tmp_path / "bank").exists()
-
-
-@pytest.mark.parametrize("name", ["keys.npy", "codes.npy", "codebook.npz", "meta.json"])
-def test_bank_refuses_damage(tmp_path, name):
-    bank, *_ = make_bank(tmp_path / "bank")
-    path = bank.folder / name
-    good = path.read_bytes()
-    middle = good.index(b"tiny") if name == "meta.json" else len(good) // 2
-    altered = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
-    for bad in (good[:-2], good[:len(good) // 2], altered, b""):
-        path.write_bytes(bad)
-        with pytest.raises(Fault) as fault:
-            Bank.open(bank.folder)
-        assert fault.value.code == 4 and name in str(fault.value)
-    path.unlink()
-    with pytest.raises(Fault, match=name):
-        Bank.open(bank.folder)
-
-
-def test_bank_version_large_files_and_replacement(tmp_path, monkeypatch):
-    bank, users, codes = make_bank(tmp_path / "bank")
-    path = bank.folder / "meta.json"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"version": 2}))
-    with pytest.raises(Fault, match="version 2"):
-        Bank.open(bank.folder)
-    monkeypatch.setattr(codebook, "BLOCK", 16)                         # now these files count as large: 64 × 16 bytes
-    Bank.build(bank.folder, users[:1500], codes[:1500])                # replaces the damaged bank
-    bank = Bank.open(bank.folder)
-    assert len(bank.keys) == 1500 and bank.lookup(users[1600]).tolist() == [[0, 0]]
-    raw = bytearray((bank.folder / "keys.npy").read_bytes())
-    raw[-1] ^= 1                                                       # the last block is always in the sample
-    (bank.folder / "keys.npy").write_bytes(raw)
-    with pytest.raises(Fault, match="altered"):
-        Bank.open(bank.folder)
-    raw[-1] ^= 1
-    raw[1000] ^= 1                                                     # between two blocks: only verify() sees it
-    (bank.folder / "keys.npy").write_bytes(raw)
-    with pytest.raises(Fault, match="altered"):
-        Bank.open(bank.folder).verify()
-
-
-# ------------------------------------------------------------------------------------ cards, score and commands
-
-def tiny_folders(tmp_path):
-    """Six users; profiles list them in another order than the data. Hobby 0 fishes, 1 sews; background: price."""
-    profiles, data = tmp_path / "profiles", tmp_path / "data"
-    profiles.mkdir(), data.mkdir()
-    users = np.array(["u0", "u1", "u2", "u3", "u4", "u5"])
-    hobby, cost = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 0, 1, 0, 1])
-    back = np.array([5, 3, 1, 0, 2, 4])
-    np.savez(profiles / "profiles.npz", users=users[back], ids=np.stack([hobby, cost], 1)[back].astype(np.int32),
-             names=np.array(["hobby", "background"]), mu_0=np.zeros((2, 3), np.float32), mu_1=np.ones((3, 3), np.float32))
-    meta = {"lm": {"name": "tiny"}, "F": [-3.0, -2.0], "tokens": {"hobby": [["fish", "rod"], ["cloth", "a|b"]]}}
-    (profiles / "meta.json").write_text(json.dumps(meta))
-    kinds = {"title": {"lead": "bought a", "view": ["hobby"]}, "price": {"lead": "paid", "view": ["background"]}}
-    (data / "meta.json").write_text(json.dumps({"layout": {"profiles": {}, "kinds": kinds}}))
-    with open(data / "evidence.jsonl", "w") as file:
-        for u, h, c in zip(users, hobby, cost):
-            title = ["carp rod" if h == 0 else "yarn | wool", "gift"]
-            file.write(json.dumps({"user": u, "evidence": {"title": title, "price": [["cheap", "dear"][c]]}}) + "\n")
-    np.savez(data / "interactions.npz", users=users, user=np.repeat(np.arange(6), 2).astype(np.int32),
-             price=np.stack([cost * 90.0 + 10, np.full(6, 999.0)], 1).reshape(-1).astype(np.float32),
-             split=np.tile([0, 2], 6).astype(np.int8))
-    np.savez(data / "truth.npz", users=users, hobby=hobby, background=cost, n_train=np.array([6, 7, 8, 9, 1, 6]))
-    return profiles, data
-
-
-def call(*words):
-    done = subprocess.run([sys.executable, HERE / "codebook.py", *map(str, words)], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def test_cards_and_score(tmp_path):
-    profiles, data = tiny_folders(tmp_path)
-    codebook.main(["cards", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "cards.md")])
-    rows = [[cell.strip() for cell in line.replace("\\|", "¦").split("|")[1:-1]]
-            for line in (tmp_path / "cards.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row[:3] for row in rows[1:3]] == [["1", "3", "50.0%"], ["2", "3", "50.0%"]]
-    assert rows[1][3].startswith("carp rod (") and "wool" not in rows[1][3] and "cheap" not in rows[1][3]
-    assert rows[2][3].startswith("yarn ¦ wool (") and rows[2][5] == "cloth a¦b"
-    assert [row[4] for row in rows[4:]] == ["10.00–10.00", "100.00–100.00", "unknown"]  # train rows only; code 3 empty
-    assert rows[4][3].startswith("cheap (") and rows[6][1] == "0"
-    codebook.main(["score", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "score.json")])
-    score = json.loads((tmp_path / "score.json").read_text())
-    dense = [0, 1, 2, 3, 5]                                            # u4 has one training row
-    across = abs(ari(np.array([0, 0, 0, 1, 1, 1])[dense], np.array([0, 1, 0, 1, 0, 1])[dense]))
-    assert score["ari"]["hobby"] == {"own": 1.0, "other": pytest.approx(across)}
-    assert score["users"] == {"dense": 5, "sparse": 1} and score["F"] == [-3.0, -2.0]
-    assert score["perplexity"] == {"hobby": pytest.approx(2), "background": pytest.approx(2)}
-
-
-def test_bank_of_fit_and_infer_takes_the_last_word_on_a_user(tmp_path):
-    profiles, data_folder = tiny_folders(tmp_path)
-    found = dict(np.load(profiles / "profiles.npz"))
-    again = shutil.copytree(profiles, tmp_path / "again")
-    found["users"] = np.append(found["users"][:1], ["newcomer"])
-    found["ids"] = (found["ids"][:2] + 1) % np.array([len(found["mu_0"]), len(found["mu_1"])])
-    np.savez(again / "profiles.npz", **{key: found[key] for key in found if key not in ("theta", "nll", "empty")})
-    assert call("bank", "--profiles", profiles, again, "--out", tmp_path / "both").returncode == 0
-    old, bank = np.load(profiles / "profiles.npz"), codebook.Bank.open(tmp_path / "both")
-    assert bank.lookup(["newcomer", str(old["users"][0])]).tolist() == (found["ids"][[1, 0]] + 1).tolist()
-    assert bank.lookup(old["users"][1:]).tolist() == (old["ids"][1:] + 1).tolist()
-    found["mu_0"] = found["mu_0"] + 1
-    np.savez(again / "profiles.npz", **found)
-    with pytest.raises(codebook.Fault) as fault:
-        codebook.main(["bank", "--profiles", str(profiles), str(again), "--out", str(tmp_path / "mixed")])
-    assert fault.value.code == 4
-
-
-def test_cards_log_odds_by_hand():
-    counts = np.array([[8.0, 2.0], [1.0, 9.0]])
-    # prior: 2 words × share = (.9, 1.1). Word 0 of group 0: ln(8.9 / 3.1) − ln(1.9 / 10.1), variance 1/8.9 + 1/1.9
-    expected = (math.log(8.9 / 3.1) - math.log(1.9 / 10.1)) / math.sqrt(1 / 8.9 + 1 / 1.9)
-    z = codebook.distinct(counts)
-    assert z[0, 0] == pytest.approx(expected) and z[1, 0] == pytest.approx(-expected) and z[0, 1] < 0 < z[1, 1]
-    assert codebook.distinct(np.array([[3.0], [1.0]])).tolist() == [[0], [0]]
-    assert codebook.distinct(np.zeros((2, 0))).shape == (2, 0)
-
-
-def test_bank_commands(tmp_path):
-    profiles, data = tiny_folders(tmp_path)
-    bank = tmp_path / "bank"
-    assert call("bank", "--profiles", profiles, "--out", bank).returncode == 0
-    found = call("lookup", "--bank", bank, "u3", "u4")
-    assert found.returncode == 0 and found.stdout == "u3 hobby=2 background=2\nu4 hobby=2 background=1\n"
-    absent = call("lookup", "--bank", bank, "u3", "u99")
-    assert absent.returncode == 4 and "u99 unknown" in absent.stdout and "1 of 2 users" in absent.stderr
-    assert call("lookup", "--bank", tmp_path / "none", "u1").returncode == 4
-    assert call("lookup", "--ban", bank, "u1").returncode == 2         # no abbreviations
-    (data / "evidence.jsonl").write_text('{"user": "u0", "evidence": {}}\n{"user": 1\n')
-    broken = call("cards", "--profiles", profiles, "--data", data)
-    assert broken.returncode == 4 and "evidence.jsonl, line 2" in broken.stderr
-    np.savez(profiles / "profiles.npz", users=np.array(["a"]), ids=np.zeros((1, 1), int))
-    missing = call("bank", "--profiles", profiles, "--out", bank)
-    assert missing.returncode == 4 and "profiles.npz has no 'names'" in missing.stderr
-
-
-def test_bench_of_codebook_ends_in_json_and_all_answers_are_equal(tmp_path, capsys):
-    codebook.main(["bench", "--rows", "400", "--users", "300", "--out", str(tmp_path / "new" / "codebook.json")])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == json.loads((tmp_path / "new" / "codebook.json").read_text())
-    assert [(one["n"], one["d"], one["k"]) for one in last["kmeans"]] == [
-        (400, 576, 4), (400, 576, 32), (80, 4096, 4), (80, 4096, 32)]
-    for one in last["kmeans"]:
-        assert set(one["seconds"]) == set(one["inertia"]) == {"ours", *one["ratio"]}
-        assert list(one["inertia"].values()) == pytest.approx([one["inertia"]["plain"]] * len(one["inertia"]), rel=1e-3)
-    assert last["bank"]["mb_100m"] == pytest.approx(100 * last["bank"]["bytes_per_user"])
-    assert last["machine"]["cores"] > 0 and {"plain", "sklearn", "faiss", "sqlite"} == set(last["compared"])
-
-
-# ---------------------------------------------------------------------------------------------- ctr.py
-
-
-def ctr_folder(path, arrays, meta, save):
-    """Writes a folder of arrays with the meta.json that vouches for them."""
-    path.mkdir(parents=True, exist_ok=True)
-    names = save(path)
-    meta = {**meta, "sha256": {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}}
-    (path / "meta.json").write_text(json.dumps(meta))
-    return path
-
-
-def ctr_data(path, users=40, rows=30, seed=0, change=lambda arrays: None):
-    """A small DATA folder: user taste × category and the user's mood decide the label. → its path"""
-    rng = np.random.default_rng(seed)
-    user = np.repeat(np.arange(users), rows)
-    item = rng.integers(1, 25, len(user))
-    split = np.tile(np.r_[np.zeros(rows - 10), np.ones(4), np.full(6, 2)], users).astype(np.int8)
-    rating = np.where((item % 4 == user % 4) | (rng.random(len(user)) < 0.2), 5, 1)
-    price = np.where(rng.random(len(user)) < 0.2, np.nan, 1 + item)
-    arrays = {"user": user.astype(np.int32), "x": np.stack([user + 1, item, 1 + item % 4], 1).astype(np.int32),
-              "y": (rating > 3).astype(np.int8), "rating": rating.astype(np.float32), "split": split,
-              "price": price.astype(np.float32), "time": np.arange(len(user)),
-              "users": np.array([f"u{u}" for u in range(users)])}
-    change(arrays)
-    def save(path):
-        np.savez(path / "interactions.npz", **arrays)
-        return ["interactions.npz"]
-    return ctr_folder(path, arrays, {"name": "tiny", "fields": ["user", "item", "category"],
-                                     "sizes": [users + 1, 25, 5]}, save)
-
-
-def ctr_bank(path, users=range(40), version=1):
-    """A BANK folder of two profiles: u % 4 + 1, u % 3 + 1. → its path"""
-    keys = ctr.hash_users([f"u{u}" for u in users])
-    codes = np.array([[u % 4 + 1, u % 3 + 1] for u in users], np.uint8)
-    def save(path):
-        np.save(path / "keys.npy", np.sort(keys))
-        np.save(path / "codes.npy", codes[keys.argsort()])
-        return ["keys.npy", "codes.npy"]
-    meta = {"version": version, "users": len(keys), "names": ["hobby", "background"], "sizes": [4, 3], "lm": "tiny-lm"}
-    return ctr_folder(path, None, meta, save)
-
-
-def ctr_x(n=64, sizes=(7, 5, 4), seed=0):
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([rng.integers(0, size, n) for size in sizes], 1))
-
-
-def ctr_xor(n, seed):
-    x = np.random.default_rng(seed).integers(1, 20, (n, 2))
-    return torch.from_numpy(x), torch.from_numpy((x[:, 0] % 2) ^ (x[:, 1] % 2)).float()
-
-
-def ctr_bytes(path):
-    """The results of a folder without the facts of the run that made them."""
-    return {p.name: {**json.loads(p.read_text()), "run": None} for p in ctr.results(path)}
-
-
-def ctr_fault(code, *argv):
-    with pytest.raises(ctr.Fault) as fault:
-        ctr.main([str(arg) for arg in argv])
-    assert fault.value.code == code
-    return str(fault.value)
-
-
-def outcome(folder):
-    """All files below a folder, the facts of the run apart ("run" in JSON): what a run has to give again, bit for bit."""
-    def content(path):
-        if path.suffix == ".json":
-            found = json.loads(path.read_text())
-            sealed = found.get("sha256", {}) if "models" in found else {}      # of ctr.py's results, which hold run facts
-            return json.dumps({**found, "run": None, **({"sha256": sorted(sealed)} if sealed else {})})
-        return path.read_bytes()
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-# models
-
-def test_ctr_fm_is_the_sum_over_pairs():
-    model, x = ctr.FM([7, 5, 4], dim=3).double(), ctr_x()
-    torch.nn.init.normal_(model.fields.table.weight)
-    rows = model.fields.table.weight[x + torch.tensor([0, 7, 12])]
-    want = [row[:, 0].sum() + sum(row[i, 1:] @ row[j, 1:] for i in range(3) for j in range(i)) for row in rows]
-    torch.testing.assert_close(model(x), torch.stack(want) + model.bias)
-
-
-def test_ctr_models_nest():
-    x, fm, deep, lr = ctr_x(), ctr.FM([7, 5, 4]), ctr.DeepFM([7, 5, 4]).eval(), ctr.LR([7, 5, 4])
-    with torch.no_grad():
-        torch.nn.init.normal_(deep.fields.table.weight)
-        fm.fields.table.weight.copy_(deep.fields.table.weight)
-        assert not torch.allclose(deep(x), fm(x), atol=1e-3)
-        deep.mlp[-1].weight.zero_(), deep.mlp[-1].bias.zero_()
-        assert torch.equal(deep(x), fm(x))
-        fm.fields.table.weight[:, 1:] = 0
-        lr.fields.table.weight.copy_(fm.fields.table.weight[:, :1])
-        torch.testing.assert_close(lr(x), fm(x))
-
-
-def test_ctr_dcn_without_cross_weights_is_its_mlp_and_with_them_the_paper():
-    x, dcn = ctr_x(), ctr.DCN([7, 5, 4], dim=2).eval().double()
-    with torch.no_grad():
-        for weight in dcn.parameters():
-            torch.nn.init.normal_(weight)
-        x0 = dcn.fields(x).flatten(1)
-        now = x0
-        for layer in range(3):
-            now = torch.einsum("bi,bj,j->bi", x0, now, dcn.cross.w[:, layer]) + dcn.cross.b[:, layer] + now
-        torch.testing.assert_close(dcn(x), now @ dcn.cross.out + dcn.mlp(x0)[:, 0])
-        for weight in dcn.cross.parameters():
-            weight.zero_()
-        assert torch.equal(dcn(x), dcn.mlp(x0)[:, 0])
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_ctr_values_out_of_range_read_row_0_of_their_own_field(name):
-    model = ctr.MODELS[name]([7, 5, 4]).eval()
-    odd = torch.tensor([[-1, 6, 10 ** 9 + 1], [8, -3, 7]])
-    assert torch.equal(model(odd), model(torch.zeros(2, 3, dtype=torch.int32)))
-    torch.nn.init.normal_(model.fields.table.weight)
-    assert model(torch.tensor([[1, 0, 0], [0, 4, 0], [0, 0, 3]])).unique().numel() == 3
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_ctr_extra_fields_leave_the_start_of_the_others_alone(name):
-    def start(seed, sizes):
-        torch.manual_seed(seed)
-        return ctr.MODELS[name](sizes)
-    one, two, other = start(3, [7, 5]), start(3, [7, 5, 4]), start(4, [7, 5])
-    assert torch.equal(one.fields.table.weight, two.fields.table.weight[:12])
-    assert not torch.equal(one.fields.table.weight, other.fields.table.weight)
-    if name in ("deepfm", "dcn"):
-        a, b = one.mlp[0].weight, two.mlp[0].weight[:, :16]
-        torch.testing.assert_close(a * 16 ** 0.5, b * 24 ** 0.5)
-        assert torch.equal(one.mlp[-1].weight, two.mlp[-1].weight)
-
-
-def test_ctr_xor_needs_interactions_and_the_seed_decides():
-    def score(model, seed):
-        torch.manual_seed(seed)
-        net = ctr.MODELS[model]([20, 20])
-        found = ctr.fit(net, ctr_xor(3000, 1), ctr_xor(500, 2), lr=1e-2, epochs=8, patience=2, seed=seed)
-        x, y = ctr_xor(2000, 3)
-        return ctr.auc(y, ctr.predict(net, x)), ctr.predict(net, x).tobytes(), found
-    assert score("lr", 0)[0] < 0.62
-    first = score("deepfm", 0)
-    assert first[0] > 0.9 and first == score("deepfm", 0) and first[1] != score("deepfm", 1)[1]
-
-
-def test_ctr_fit_ends_at_the_best_epoch_and_names_divergence():
-    train, valid = (ctr_x(200, seed=1), ctr_x(200)[:, 0] % 2.0), (ctr_x(100, seed=2), ctr_x(100, seed=5)[:, 0] % 2.0)
-    net, seen = ctr.DeepFM([7, 5, 4]), []
-    best, epoch, ran = ctr.fit(net, train, valid, lr=0.05, epochs=30, patience=4, report=seen.append)
-    assert ctr.auc(valid[1], ctr.predict(net, valid[0])) == best and ran == len(seen)
-    assert ran == min(30, epoch + 4) and f"{best:.4f}" in seen[epoch - 1]
-    with pytest.raises(ctr.Fault, match="--lr"):
-        ctr.fit(ctr.DeepFM([7, 5, 4]), train, valid, lr=1e30, epochs=5)
-
-
-# metrics
-
-def test_ctr_auc_and_gauc_equal_the_pairs_with_ties():
-    rng = np.random.default_rng(0)
-    user, y, score = rng.integers(0, 9, 300), rng.integers(0, 2, 300), rng.integers(0, 6, 300) / 3 - 1
-    y[user == 0] = 1
-    def pairs(rows):
-        gap = score[rows & (y == 1)][:, None] - score[rows & (y == 0)]
-        return ((gap > 0) + 0.5 * (gap == 0)).mean()
-    assert ctr.auc(y, score) == pytest.approx(pairs(user > -1), abs=1e-12)
-    rows = [user == u for u in range(1, 9)]
-    want = sum(pairs(r) * r.sum() for r in rows) / sum(r.sum() for r in rows)
-    assert ctr.gauc(user, y, score) == pytest.approx(want, abs=1e-12)
-    assert ctr.auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75      # the example of scikit-learn's roc_auc_score
-
-
-def test_ctr_one_class_is_nan_with_a_message():
-    with pytest.warns(UserWarning, match="all 3 labels are of one class"):
-        assert math.isnan(ctr.auc([1, 1, 1], [0.0, 1.0, 2.0]))
-    assert math.isnan(ctr.gauc([0, 1], [0, 1], [0.0, 1.0]))
-    with pytest.raises(ValueError, match="nan"):
-        ctr.auc([0, 1], [0.0, math.nan])
-
-
-def test_ctr_logloss_is_finite_at_any_logit():
-    assert ctr.logloss([1, 0], [100, -100]) == pytest.approx(0, abs=1e-40)
-    assert ctr.logloss([0, 1, 0], np.float32([1e4, -1e4, 100])) == pytest.approx(20100 / 3)
-    assert ctr.logloss([1, 0, 1], [0.0, 0.0, math.log(3)]) == pytest.approx((2 * math.log(2) + math.log(4 / 3)) / 3)
-
-
-# features
-
-def test_ctr_hash_of_ids_does_not_depend_on_the_array():
-    def naive(text):
-        h, mask = 0xCBF29CE484222325, 2 ** 64 - 1
-        for c in text:
-            h = (h ^ ord(c)) * 0x100000001B3 & mask
-        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-            h = (h ^ h >> 33) * factor & mask
-        return h ^ h >> 33
-    ids = ["u1", "", "Zoë", "用户", "A" * 40]
-    for users in (ids, np.array(ids), np.array(ids, ">U99"), np.array(ids * 2)[:5], np.array([*ids, "-"] * 2)[::2]):
-        assert ctr.hash_users(users).tolist() == [naive(str(user)) for user in users]
-    assert ctr.hash_users(np.array([12, 7])).tolist() == [naive("12"), naive("7")]
-    assert ctr.hash_users([]).shape == (0,)
-
-
-def test_ctr_features_are_codes_per_user(tmp_path):
-    data = ctr.read_data(ctr_data(tmp_path / "data"))
-    bank = ctr.read_bank(ctr_bank(tmp_path / "bank", range(30)), data.users)
-    assert bank.codes[:30].tolist() == [[u % 4 + 1, u % 3 + 1] for u in range(30)] and not bank.codes[30:].any()
-    codes = {"userip": bank.codes, "stats": ctr.stats_codes(data, [4, 3])}
-    make = lambda name, seed=0: ctr.add_features(name, data, codes, [4, 3], seed)
-    assert make("none")[0].shape == (40, 0) and make("none")[1] == []
-    both, sizes = make("stats+userip")
-    assert np.array_equal(both, np.hstack([codes["stats"][0], bank.codes])) and sizes == [5, 4, 5, 5, 4]
-    mixed = make("shuffled")[0]
-    assert sorted(mixed.tolist()) == sorted(bank.codes.tolist()) and not np.array_equal(mixed, bank.codes)
-    drawn = make("random")[0]
-    assert drawn.min(0).tolist() == [1, 1] and drawn.max(0).tolist() == [4, 3]
-    for name in ("random", "shuffled"):
-        assert np.array_equal(make(name)[0], make(name)[0]) and not np.array_equal(make(name)[0], make(name, 1)[0])
-
-
-def test_ctr_stats_are_the_plain_statistics_of_training_rows(tmp_path):
-    def change(arrays):
-        arrays["user"][:2], arrays["x"][:2, 1:], arrays["rating"][:2] = 39, [[8, 1], [9, 2]], [5, 2]
-        arrays["split"][arrays["user"] == 39], arrays["split"][:2] = 1, 0
-        arrays["price"][:2] = [math.e, np.nan]
-    before = ctr.read_data(ctr_data(tmp_path / "a", change=change))
-    active, (taste, price, habits) = ctr.statistics(before)
-    assert taste[39].tolist() == [0, 0.5, 0.5, 0, 0] and active.all()
-    np.testing.assert_allclose([*price[39], *habits[39]], [1, 3.5, math.log(2)], atol=1e-6)   # of e dollars and unknown
-    def later(arrays):
-        change(arrays)
-        rows = arrays["split"] > 0
-        arrays["x"][rows, 2], arrays["rating"][rows], arrays["price"][rows] = 3, 4, 77
-    after = ctr.read_data(ctr_data(tmp_path / "b", change=later))
-    assert ctr.stats_codes(before, [4, 3])[0].tobytes() == ctr.stats_codes(after, [4, 3])[0].tobytes()
-    codes, sizes = ctr.stats_codes(ctr.read_data(ctr_data(tmp_path / "c")), [4, 3])
-    assert sizes == [4, 3, 4] and [set(column) for column in codes.T] == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2, 3, 4}]
-
-
-def test_ctr_stats_of_newcomers_are_of_equally_many_rows_and_take_the_warm_users_codes(tmp_path):
-    """Users 30–39 are new: everyone is described by the two rows of split 3, and later rows change nothing."""
-    def new(arrays, later=0):
-        place = np.tile(np.arange(30), 40)
-        arrays["split"] = np.where(place < 2, 3, np.where(arrays["user"] < 30, 0, 2)).astype(np.int8)
-        arrays["split"][-20:] = 1
-        arrays["rating"] = np.where(place < 2, arrays["rating"], arrays["rating"] + later).astype(np.float32)
-    plain = ctr.read_data(ctr_data(tmp_path / "a", change=new))
-    active, (taste, _, habits) = ctr.statistics(plain)
-    two, mean = plain.rating.reshape(40, 30)[:, :2], plain.rating.reshape(40, 30)[:, :2].mean()
-    assert active.all() and np.allclose(habits[:, 0], (two - mean).sum(1) / 5) and np.allclose(taste.sum(1), 1)
-    later = ctr.read_data(ctr_data(tmp_path / "b", change=lambda arrays: new(arrays, 1)))
-    codes, sizes = ctr.stats_codes(plain, [4, 3])
-    assert (codes == ctr.stats_codes(later, [4, 3])[0]).all()
-    for user in range(30, 40):                                           # one who looks like a warm user is coded alike
-        twins = np.flatnonzero((habits[:30] == habits[user]).all(1))
-        assert not len(twins) or codes[user, 2] in codes[twins, 2]
-    assert len(sizes) == 3 and (codes >= 1).all() and (codes <= sizes).all()
-
-
-def test_ctr_gap_is_how_a_user_rates_what_others_rated(tmp_path):
-    """Four users on two items, by hand: item means over training, shrunk by five; user means shrunk by three."""
-    data = ctr.Data("d", ["user", "item"], [5, 3], np.array([0, 0, 1, 1, 2, 2, 3]), np.array([[1, 1], [1, 2]] * 3 + [[4, 1]]),
-                    np.zeros(7, int), np.array([5, 4, 3, 2, 4, 3, 1], np.float32), np.full(7, np.nan), np.array([0] * 6 + [2]),
-                    np.array(["a", "b", "c", "d"]), "")
-    codes, sizes = ctr.gap_codes(data, 3)
-    # training mean 3.5; items 1.5 / 8 and −1.5 / 8; users a, b, c: 2, −2, 0 over 5
-    assert sizes == [3] and codes.tolist() == [[3], [1], [2], [0]]               # d has no training row
-    known = data._replace(split=np.array([0, 3, 0, 3, 0, 3, 3]))                 # newcomers' terms: rows of part 3
-    # training mean 4 of 5, 3, 4; item 1 as usual, item 2 unseen: a 0, b −2, c −1, d −3, each over 4
-    assert ctr.gap_codes(known, 3)[0].tolist() == [[3], [1], [2], [1]]
-
-
-def test_ctr_one_profile_alone_is_a_feature_set(tmp_path):
-    """"hobby" is the bank's first column and nothing else; a table sets it against stats."""
-    data, bank, out = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank"), tmp_path / "out"
-    codes = {"userip": np.array([[1, 3], [2, 1]]), "hobby": (np.array([[1], [2]]), [4]), "stats": (np.array([[7], [8]]), [9])}
-    found, widths = ctr.add_features("stats+hobby", ctr.read_data(data)._replace(users=np.array(["a", "b"])), codes, [4, 3], 0)
-    assert found.tolist() == [[7, 1], [8, 2]] and widths == [10, 5]
-    ctr.main([str(a) for a in ("run", "--data", data, "--bank", bank, "--models", "lr", "--features", "hobby,stats,stats+hobby",
-                               "--seeds", 2, "--epochs", 1, "--out", out, "--device", "cpu")])
-    assert json.loads((out / "lr_hobby_0.json").read_text())["bank"]["names"] == ["hobby", "background"]
-    ctr.main(["table", str(out), "--out", str(tmp_path / "t.md")])
-    assert "| userip − stats | stats+userip − stats | hobby − stats | stats+hobby − stats |" in (tmp_path / "t.md").read_text()
-    assert code_of(ctr, ["run", "--data", str(data), "--bank", str(bank), "--features", "colour", "--out", str(out)]) == (
-        2, "--features: 'colour' is none of none, random, shuffled, stats, userip, gap, hobby, background")
-
-
-def test_ctr_chart_is_mermaid_with_the_values_inside_its_axis():
-    lines = ctr.chart("t", ["a", "b"], [0.71234, 0.73], "line").splitlines()
-    assert lines[:4] == ["```mermaid", "xychart-beta", '    title "t"', '    x-axis ["a", "b"]'] and lines[-1] == "```"
-    low, high = map(float, re.fullmatch(r"    y-axis (\S+) --> (\S+)", lines[4]).groups())
-    assert low < 0.7123 and high > 0.73 and lines[5] == "    line [0.7123, 0.7300]"
-    flat = ctr.chart("t", ["a"], [0.5]).splitlines()[4]
-    assert flat == "    y-axis 0.4900 --> 0.5100"
-
-
-def test_meaning_of_ids_by_hand(tmp_path):
-    """information and guessed on labellings whose answers are plain; the command; its table."""
-    coin, four = np.arange(400) % 2, np.arange(400) % 4
-    assert codebook.information(coin, coin) == pytest.approx(1) and codebook.information(four, four) == pytest.approx(2)
-    assert codebook.information(four, coin) == pytest.approx(1) and codebook.information(0 * coin, coin) == pytest.approx(0)
-    skew = np.array([0, 0, 0, 1])                                     # H(1/4) − 0 bits
-    assert codebook.information(skew, skew) == pytest.approx(2 - 0.75 * math.log2(3))
-    rng = np.random.default_rng(0)
-    codes, classes = rng.integers(0, 3, 400), rng.integers(0, 2, 400)
-    assert codebook.guessed(codes, (codes == 2) * 1) == 1 and codebook.guessed(codes, classes) < 0.6
-    assert codebook.guessed(0 * codes, (codes == 2) * 1) == pytest.approx((codes != 2).mean())
-    alone = np.array([0] * 9 + [1])                                   # code 1 is in one fold only: the others' majority
-    assert codebook.guessed(alone, alone) == 0.9
-    profiles, data = tiny_folders(tmp_path)[:2]
-    users = np.load(profiles / "profiles.npz")["users"]
-    attributes = {"work": np.array(["x", "x", "x", "y", "y", "y"]), "age": np.array(["1", "2"] * 3)}
-    np.savez(data / "truth.npz", users=np.sort(users), n_train=np.full(6, 9), **attributes)
-    codebook.main(["meaning", "--profiles", str(profiles), "--data", str(data), "--out", str(tmp_path / "m.json"), "--shuffles", "50"])
-    told = {(one["profile"], one["attribute"]): one for one in json.loads((tmp_path / "m.json").read_text())["meaning"]}
-    assert told["hobby", "work"]["bits"] == pytest.approx(1) == told["background", "age"]["bits"]
-    assert told["hobby", "age"]["bits"] < 0.1 < told["hobby", "work"]["accuracy"] == 1
-    assert told["hobby", "work"]["p"] < 0.3 < told["hobby", "age"]["p"]
-    assert "| hobby | work (2 classes) | 1.000 |" in ctr.meaning(tmp_path / "m.json")
-    (tmp_path / "bad.json").write_text('{"meaning": [{}]}')
-    with pytest.raises(ctr.Fault, match="bad.json"):
-        ctr.meaning(tmp_path / "bad.json")
-
-
-def test_ctr_kmeans_finds_groups_and_survives_equal_points():
-    x = np.repeat(np.eye(3), 20, 0) * 9 + np.random.default_rng(0).normal(0, 0.1, (60, 3))
-    assert [len(set(ctr.kmeans(x, 3)[g:g + 20])) for g in (0, 20, 40)] == [1, 1, 1] and len(set(ctr.kmeans(x, 3))) == 3
-    assert len(set(ctr.kmeans(np.ones((6, 2)), 4).tolist())) == 1
-
-
-# run, table, bench
-
-def test_ctr_run_and_table_end_to_end(tmp_path, monkeypatch, capsys):
-    data, bank, out = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank"), tmp_path / "demo"
-    trained, real = [], ctr.run_one
-    monkeypatch.setattr(ctr, "run_one", lambda *args: trained.append(args[1:4:2]) or real(*args))
-    argv = [str(a) for a in ("run", "--data", data, "--bank", bank, "--models", "lr,deepfm", "--out", out, "--seeds", 3,
-                             "--features", "none,userip,random", "--epochs", 3, "--lr", 0.01, "--device", "cpu")]
-    monkeypatch.setattr("sys.argv", ["ctr.py", *argv])
-    ctr.main(argv)
-    first, one = ctr_bytes(out), json.loads((out / "deepfm_userip_1.json").read_text())
-    assert len(first) == 18 == len(trained) and one["lm"] == "tiny-lm" and one["bank"]["users"] == 40
-    assert one["rows"] == {"train": 800, "valid": 160, "test": 240} and one["config"]["model"]["hidden"] == [64, 32]
-    assert json.loads((out / "lr_none_0.json").read_text())["bank"] is None
-    (out / "deepfm_userip_1.json").unlink()
-    ctr.main(argv)                                               # only the missing one is trained, to the same bytes
-    assert len(trained) == 19 and ctr_bytes(out) == first
-    about = json.loads((out / "meta.json").read_text())
-    assert set(about["sha256"]) == set(first) and about["run"]["versions"]["torch"] == torch.__version__
-    ctr_bank(tmp_path / "bank", range(39))                       # another bank, other data or code: nothing is mixed
-    assert "deepfm_userip_0.json" in ctr_fault(2, *argv) and "bank.users: 40 → 39" in ctr_fault(2, *argv)
-    ctr_data(tmp_path / "data", seed=1)
-    assert "data_sha256: " in ctr_fault(2, *argv) and "--restart" in ctr_fault(2, *argv)
-    assert "config.lr: 0.01 → 0.02;" in ctr_fault(2, *argv, "--lr", "0.02")
-    assert len(trained) == 19 and ctr_bytes(out) == first
-    ctr.main([*argv, "--restart"])
-    assert len(trained) == 37
-
-    (out / "score.json").write_text('{"F": [1.0], "lm": "scored"}')
-    (out / "seconds.json").write_text('{"ctr": 3}')
-    render = ["table", str(out), "--summary", str(out / "summary.json"), "--out"]
-    ctr.main([*render, str(tmp_path / "t1.md")])
-    ctr.main([*render, str(tmp_path / "t2.md")])
-    assert (tmp_path / "t1.md").read_text() == (tmp_path / "t2.md").read_text()
-    summary = json.loads((out / "summary.json").read_text())
-    runs = [json.loads((out / f"lr_random_{seed}.json").read_text()) for seed in range(3)]
-    assert summary["auc"]["lr"]["random"] == [run["auc"] for run in runs] and summary["lm"] == "scored"
-    assert summary["logloss"]["lr"]["random"] == [run["logloss"] for run in runs]
-    assert summary["F"] == [1.0] and summary["seconds"] == {"ctr": 3}
-    (out / "lr_none_2.json").write_text('{"auc": 1')
-    assert "lr_none_2.json" in ctr_fault(4, "table", out)
-
-
-def test_ctr_table_pairs_by_seed_and_leaves_missing_cells_blank():
-    def one(features, seed, auc, gauc=0.5):
-        return {"dataset": "d", "model": "lr", "features": features, "seed": seed, "auc": auc, "gauc": gauc,
-                "logloss": 0.5, "rows": {"train": 1, "valid": 1, "test": 1}}
-    runs = [one("none", 1, .70), one("none", 2, .72), one("none", 3, .74), one("userip", 0, .99),
-            one("userip", 3, .77), one("userip", 1, .71), one("userip", 2, .74), one("stats", 1, .70, None)]
-    lines = ctr.render(runs).splitlines()
-    # differences .01 .02 .03: mean .02, s = .01, half width 4.303 · .01 / √3 = .02484
-    assert any(line.endswith("| +0.0200 [-0.0048, +0.0448], n=3 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 4 |")
-               for line in lines)
-    assert "| lr | none | 0.7200 ± 0.0200 |  | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 3 |" in lines
-    assert "| lr | stats | 0.7000 | +0.0000, n=1 |  | 0.5000 | 1 |" in lines
-    minus = [line for line in lines if line.startswith("| lr")][-1]
-    assert minus.split(" | ")[:4] == ["| lr", "", "", "+0.0100, n=1"]
-    assert lines[-5:-1] == ['    title "d: mean AUC of lr"', '    x-axis ["none", "stats", "userip"]',
-                            "    y-axis 0.6897 --> 0.8127", "    bar [0.7200, 0.7000, 0.8025]"]
-
-
-def test_ctr_overview_has_a_row_per_folder(tmp_path):
-    run = {"dataset": "d", "model": "deepfm", "gauc": 0.5, "logloss": 0.5, "config": {}, "data_sha256": "x", "rows": {}}
-    for folder, gain in (("new1", 0.01), ("new8", 0.05)):
-        for features, plus in (("none", 0), ("stats", gain), ("stats+taste", 2 * gain)):
-            for seed in (0, 1):
-                (tmp_path / folder).mkdir(exist_ok=True)
-                one = {**run, "features": features, "seed": seed, "auc": 0.7 + plus + seed / 100}
-                (tmp_path / folder / f"deepfm_{features}_{seed}.json").write_text(json.dumps(one))
-    lines = ctr.overview(ctr.by_folder([tmp_path / "new1", tmp_path / "new8"])).splitlines()
-    assert lines[0] == "| mean AUC | none | stats | stats+taste |" and lines[3] == "| new8 | 0.7050 | 0.7550 | 0.8050 |"
-    assert lines[5].endswith("| stats+userip − stats | stats+taste − stats |")
-    assert lines[8] == "| new8 |  |  |  |  |  | +0.0500 [+0.0500, +0.0500], n=2 |"
-    assert "| deepfm | 0.7050 | 0.7150 | 0.7250 |" in ctr.overview(ctr.by_model(tmp_path / "new1"))
-
-
-def test_ctr_interval_is_students():
-    assert ctr.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 3.182 * 1.2909944 / 2), rel=1e-6)
-    assert len(ctr.T95) == 30 and list(ctr.T95) == sorted(ctr.T95, reverse=True)
-    assert ctr.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * np.std([0, 1] * 20, ddof=1) / 40 ** 0.5)
-
-
-def test_ctr_bad_input_is_a_sentence_and_a_code(tmp_path):
-    data, bank = ctr_data(tmp_path / "data"), ctr_bank(tmp_path / "bank")
-    run = ("run", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--seeds", 1)
-    assert "lr, fm, deepfm, dcn" in ctr_fault(2, *run, "--models", "xgboost")
-    assert "none, random, shuffled, stats, userip" in ctr_fault(2, *run, "--features", "stats+magic")
-    assert "--bank" in ctr_fault(2, *run, "--features", "stats+userip")
-    assert "user, item, category" in ctr_fault(2, *run, "--features", "none", "--drop", "users")
-    assert "--drop" in ctr_fault(2, *run, "--features", "none", "--drop", "user,item,category")
-    assert "--device" in ctr_fault(2, *run, "--features", "none", "--device", "toaster")
-    assert "meta.json" in ctr_fault(2, "run", "--data", tmp_path / "no", "--out", tmp_path, "--features", "none")
-    assert "no folder" in ctr_fault(2, "table", tmp_path / "no")
-    assert "no result" in ctr_fault(4, "table", data)
-    assert "version 2" in ctr_fault(4, *run, "--bank", ctr_bank(tmp_path / "new", version=2))
-    assert "none of the 40" in ctr_fault(4, *run, "--bank", ctr_bank(tmp_path / "far", range(100, 120)))
-    (bank / "codes.npy").write_bytes((bank / "codes.npy").read_bytes()[:-1])
-    assert "codes.npy" in ctr_fault(4, *run, "--bank", bank)
-    (data / "interactions.npz").write_bytes(b"PK")
-    assert "interactions.npz" in ctr_fault(4, *run, "--features", "none")
-
-
-def test_ctr_drop_leaves_fields_out_test_rows_are_scored_once_bench_prints_json(tmp_path, capsys, monkeypatch):
-    data, out, sizes, scored, real = ctr_data(tmp_path / "data"), tmp_path / "out", [], [], ctr.predict
-    monkeypatch.setitem(ctr.MODELS, "lr", lambda field_sizes, dim=8: sizes.append(field_sizes) or ctr.LR(field_sizes))
-    monkeypatch.setattr(ctr, "predict", lambda net, x: scored.append(len(x)) or real(net, x))
-    ctr.main([str(a) for a in ("run", "--data", data, "--out", out, "--models", "lr", "--features", "none,stats",
-                               "--seeds", 1, "--epochs", 2, "--drop", "user,item", "--device", "cpu")])
-    one = json.loads((out / "lr_none_0.json").read_text())
-    assert one["config"]["drop"] == ["user", "item"] and sizes == [[5], [5, 5, 4, 5]]
-    assert scored == [160, 160, 240] * 2
-    for words in ([], ["--grow"]):
-        ctr.main(["bench", "--rows", "3200", "--device", "cpu", "--out", str(tmp_path / "bench.json"), *words])
-        last = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert last["rows_per_s"] > 0 and 0 < last["auc"] < 1 and last["machine"]["cores"] > 0
-        assert last == json.loads((tmp_path / "bench.json").read_text()) and ("compared" in last) == (not words)
-    assert [one["rows"] for one in last["grow"]] == [200, 800, 3200]
-    assert last["grow"][0]["peak_mb"] <= last["grow"][2]["peak_mb"] and last["grow"][1]["rows_per_s"] > 0
-
-
-def test_ctr_benches_is_one_table_with_blanks_for_what_is_missing(tmp_path):
-    empty = [line.split(" | ")[1].strip() for line in ctr.benches(tmp_path).splitlines()[2:]]      # nothing measured
-    assert len(empty) > 20 and not any(empty)
-    for name, value in {"em": {"vs_naive": 12.34, "of_limit": None, "tokens_per_s": 12345.6,
-                               "profile": [{"op": "aten::mm", "e_step": 0.5}], "ms_per_user": 100,
-                               "lm": {"parameters": 2**20, "dtype": "bfloat16"}},
-                        "grow": {"grow": [{"users": 1000, "seconds_per_user": 0.01234}, {"users": 4000, "peak_mb": 99.6}]},
-                        "codebook": {"machine": {"processor": "abacus", "cores": 4},
-                                     "kmeans": [{"n": 100_000, "d": 576, "k": 4, "ratio": {"sklearn": 1.256}}],
-                                     "bank": {"bytes_per_user": 10.02, "lookups_per_s": 4e6}},
-                        "ctr": ["not what is expected"]}.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    text = ctr.benches(tmp_path)
-    rows = {tuple(line[2:].split(" | ")[i] for i in (0, 3)): line.split(" | ")[1] for line in text.splitlines()
-            if line.startswith("| ") and line.count(" | ") == 3}
-    assert rows["E-step: ours / naive way in fp32, labelled tokens per second", "em.json |"] == "12.3"
-    assert "| E-step: share of the bare LLM's speed |  |" in text
-    assert rows["E-step: evidence tokens per second, forward and backward", "em.json |"] == "12,346"
-    assert rows["E-step, 1,000 users: seconds per user", "grow.json |"] == "0.0123"
-    assert "| E-step, 4,000 users: seconds per user |  |" in text and "| E-step, 4,000 users: peak memory, MB | 100 |" in text
-    assert rows["k-means, 100,000 × 576, K = 4: sklearn / ours", "codebook.json |"] == "1.26"
-    assert "| k-means, 100,000 × 576, K = 4: faiss / ours |  |" in text and "| DeepFM, … rows: training" in text
-    assert "\n\ncodebook.json: processor abacus; cores 4.\n\n| share of the time" in text
-    assert "| aten::mm |  | 50% |\n" in text and "| NETE MoviesAndTV | 7,506 | 100 |" in text    # 8 passes of 0.1 s each
-    assert "| in the bank, by batches | 0.25 | 10 bytes a user |\n| in the bank, alone (99 %) |  | 10 bytes a user |\n" in text
-    assert "| not in the bank: E-steps (*estimate*) | 800,000 | the LLM, 2 MB |" in text
-    (tmp_path / "em.json").write_text("{")
-    with pytest.raises(ctr.Fault, match="em.json"):
-        ctr.benches(tmp_path)
-
-
-def test_ctr_faults_are_two_tables(tmp_path):
-    one = {"trials": 10, "resumed": 9, "lost": 1, "why": ["x"]}
-    (tmp_path / "faults.json").write_text(json.dumps({"SIGKILL": {"fit": one, "bank": one}, "disk full": {"fit": one}}))
-    fuzzed = {"a loader": {"cases": 2000, "values": 5, "faults": 1995, "other": 0}}
-    (tmp_path / "fuzz_core.json").write_text(json.dumps(fuzzed))
-    text = ctr.faults(tmp_path)
-    for line in ("| command | SIGKILL | disk full |", "| fit | 10 / 9 / 1 | 10 / 9 / 1 |", "| bank | 10 / 9 / 1 |  |",
-                 "| all | 20 / 18 / 2 | 10 / 9 / 1 |", "| a loader | 2,000 | 5 | 1,995 | 0 |"):
-        assert line in text, text
-    (tmp_path / "faults.json").write_text('{"SIGKILL": {"fit": 3}}')
-    with pytest.raises(ctr.Fault, match="no figures"):
-        ctr.faults(tmp_path)
-
-
-def test_ctr_include_fills_blocks_and_compare_reads_summaries(tmp_path):
-    (tmp_path / "shop").mkdir()
-    (tmp_path / "shop" / "summary.json").write_text(json.dumps({
-        "ari": {"hobby": {"own": 0.9, "other": 0.01}}, "ari_sparse": {"hobby": {"own": 0.5, "other": 0}},
-        "perplexity": {"hobby": 3.5}, "F": [-9.0, -3.4]}))
-    run = {"dataset": "d", "model": "deepfm", "gauc": 0.5, "logloss": 0.5, "config": {}, "data_sha256": "x", "rows": {}}
-    for features, aucs in {"none": [0.5, 0.6], "userip": [0.7, 0.8], "random": [0.5, 0.5]}.items():
-        for seed, auc in enumerate(aucs):
-            (tmp_path / "shop" / f"deepfm_{features}_{seed}.json").write_text(
-                json.dumps({**run, "features": features, "seed": seed, "auc": auc}))
-    text = ctr.compare([tmp_path / "shop"])
-    (tmp_path / "shops.md").write_text(text)
-    assert text.startswith(ctr.groups([tmp_path / "shop"]))
-    assert "| shop | hobby | 0.900 | 0.010 | 0.500 | 3.50 | -9 → -3 |" in text
-    assert "| shop | deepfm | +0.2000 [+0.2000, +0.2000], n=2 | +0.2500 [-0.3853, +0.8853], n=2 |  |  |" in text
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- include shops.md -->\nold\n<!-- /include -->\nb\n")
-    for _ in range(2):                                                   # the second time changes nothing
-        ctr.main(["tables", str(tmp_path / "shop"), str(readme)])
-        assert readme.read_text() == f"a\n<!-- include shops.md -->\n{text}<!-- /include -->\nb\n"
-    readme.write_text("<!-- include gone.md -->\n<!-- /include -->")
-    assert "gone.md" in ctr_fault(2, "tables", tmp_path / "shop", readme)
-    assert "include FILE" in ctr_fault(2, "tables", tmp_path / "shop", tmp_path / "shops.md")
-    (tmp_path / "shop" / "summary.json").write_text("{}")
-    with pytest.raises(ctr.Fault, match="summary.json"):
-        ctr.compare([tmp_path / "shop"])
-
-
-# --------------------------------------------------------------------------------------------- data.py
-
-
-def planted_rows(**settings):
-    """A small planted shop and its split."""
-    rows = data.planted(seed=3, users=60, **settings)
-    return rows, data.split(rows.user, rows.time, data.row_keys(rows.user, rows.item, rows.time))
-
-
-def test_data_catalogue_titles_tell_no_level_and_prices_no_hobby():
-    items, cells = data.shop(np.random.default_rng(0))
-    column = lambda field: np.array([item[field] for item in items.values()])[cells]      # (hobby, level, 20)
-    titles, shelves = column("title"), column("category")
-    nouns = np.vectorize(lambda title: title.split(" ", 1)[1])(titles)
-    assert (nouns == nouns[:, :1]).all() and len(set(nouns.flat)) == 80 and len(set(titles.flat)) == 240
-    assert (shelves == shelves[:, :1]).all() and len(set(shelves.flat)) == 12
-    assert all(set(a.ravel()).isdisjoint(b.ravel()) for a, b in itertools.combinations(column("brand"), 2))
-    materials = [[title.split()[0] for title in cell] for cell in titles.reshape(12, 20)]
-    assert min(len(set(cell)) for cell in materials) >= 4                   # no material marks a level
-    ratio = column("price") / np.array([8, 40, 200])[:, None]
-    assert (0.74 < ratio).all() and (ratio < 1.26).all() and (ratio.std(axis=2) > 0.08).all()
-
-
-@pytest.mark.parametrize("null", [False, True])
-def test_data_planted_behaviour_follows_the_profiles_or_null(null):
-    rows = data.planted(seed=1, users=2000, null=null)
-    category = {c: h for h, shelf in enumerate(data.SHOP.values()) for c in shelf[2]}
-    hobby, level = (np.array([rows.truth[p][u] for u in rows.user]) for p in ("hobby", "background"))
-    fit = np.stack([hobby == [category[rows.items[i]["category"]] for i in rows.item],
-                    level == np.digitize([rows.items[i]["price"] for i in rows.item], [20, 100])])
-    liked = [(rows.rating > 3)[fit.sum(0) == n].mean() for n in range(3)]
-    assert np.allclose(fit.mean(1), [1 / 4, 1 / 3] if null else [0.85, 0.8 + 0.2 / 3], atol=0.02)
-    assert np.allclose(liked, 0.775 if null else [0.1, 0.45, 0.9], atol=0.03)
-    assert abs((rows.rating > 3).mean() - 0.775) < 0.015                   # the same rate with and without
-    cells = np.bincount([3 * h + l for h, l in zip(*(t.values() for t in rows.truth.values()))])
-    assert len(cells) == 12 and np.abs(cells / 2000 - 1 / 12).max() < 0.02   # the profiles are independent
-    n = np.unique(rows.user, return_counts=True)[1]
-    assert n.max() <= 50 and not ((n > 6) & (n < 10)).any() and abs((n <= 6).mean() - 0.3) < 0.04
-    assert len(set(zip(rows.user, rows.item, rows.time))) == len(rows.user)
-    assert len(set(zip(rows.user, rows.time))) < len(rows.user)             # ties
-
-
-def test_data_cli_same_seed_same_bytes_and_truth_apart(tmp_path, capsys):
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        data.main(["planted", "--out", str(tmp_path / name), "--users", "40", "--seed", seed])
-    stats = json.loads(capsys.readouterr().out.splitlines()[-1])
-    a, b, c = (outcome(tmp_path / name) for name in "abc")
-    assert set(a) == {"interactions.npz", "evidence.jsonl", "meta.json", "truth.npz"}
-    assert a == b and all(a[file] != c[file] for file in a)
-    out, meta = tmp_path / "c", json.loads((tmp_path / "c/meta.json").read_text())
-    arrays, truth = np.load(out / "interactions.npz"), np.load(out / "truth.npz")
-    lines = [json.loads(line) for line in (out / "evidence.jsonl").read_text().splitlines()]
-    assert meta["stats"] == stats and stats["rows"] == len(arrays["y"])
-    assert np.bincount(arrays["split"]).tolist() == [stats[part] for part in ("train", "valid", "test")]
-    assert meta["sha256"] == {f: hashlib.sha256((out / f).read_bytes()).hexdigest() for f in meta["sha256"]}
-    assert [line["user"] for line in lines] == arrays["users"].tolist() == truth["users"].tolist()
-    assert ((0 <= arrays["x"]) & (arrays["x"] < meta["sizes"])).all() and len(meta["fields"]) == 5
-    assert ((arrays["rating"] > 3) == arrays["y"]).all()
-    assert (truth["n_train"] == np.bincount(arrays["user"][arrays["split"] == 0])).all()
-    assert set(arrays) == {"user", "x", "y", "rating", "price", "time", "split", "users"}
-    assert {kind for line in lines for kind in line["evidence"]} == set(meta["layout"]["kinds"])
-
-
-def test_data_split_by_hand_and_ties_by_hash():
-    user, time = np.array(list("aaaaabbbcc")), np.array([5, 1, 4, 2, 3, 9, 7, 8, 1, 2])
-    assert data.split(user, time, np.arange(10)).tolist() == [2, 0, 1, 0, 0, 2, 0, 1, 0, 0]
-    assert data.split(np.zeros(48), np.arange(48), np.arange(48)).tolist() == [0] * 33 + [1] * 5 + [2] * 10
-    with pytest.raises(ValueError):
-        data.split(user, time, np.arange(10), valid=0.5, test=0.5)
-    rows, parts = planted_rows()
-    order = np.random.default_rng(0).permutation(len(parts))             # the order of rows is immaterial
-    columns = [column[order] for column in (rows.user, rows.item, rows.time)]
-    assert (data.split(columns[0], columns[2], data.row_keys(*columns)) == parts[order]).all()
-    user, item = np.repeat(np.arange(400), 3), np.tile([1, 2, 3], 400)   # all at one time: any may be last
-    last = data.split(user, np.zeros(1200), data.row_keys(user, item, 0)) == 2
-    assert (np.bincount(item[last])[1:] > 90).all()
-
-
-def test_data_k_core_equals_the_naive_loop():
+from codebook import Bank, Codebook, Evidence, assign, hash_user, hash_users, kmeans, perplexity, sum_texts, vq
+
+
+# ==================================================================================================== data.py
+
+PYTHON_PATH = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)}
+
+
+# ------------------------------------------------------------------------------------------------------- plumbing
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+@pytest.mark.parametrize("error, code, says", [
+    (data.CommandError(2, "give --out"), 2, "give --out"), (data.NetworkError("no route"), 3, "no route"),
+    (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
+    (FileNotFoundError("x/meta.json is missing"), 4, "x/meta.json is missing"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a"), 4, "cannot read or write a: No such file"),
+    (OSError(errno.ENOSPC, "No space left", "a/b"), 3, "cannot read or write a/b: No space left"),
+    (PermissionError(errno.EACCES, "Permission denied", "c"), 3, "cannot read or write c: Permission denied"),
+    (ValueError("bad row"), 4, "bad row"), (MemoryError(), 2, "out of memory: choose a smaller --budget"),
+    (OutOfMemoryError("CUDA"), 2, "out of memory"), (RuntimeError("can't allocate memory: 9"), 2, "out of memory: "),
+    *((bug, None, "") for bug in (KeyError("x"), RuntimeError("odd"), TypeError("y"), AssertionError()))])
+def test_run_command_turns_errors_into_one_sentence_and_a_code_and_lets_bugs_through(error, code, says, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit if code else type(error)) as stop:
+        data.run_command("some.py", main)
+    err = capsys.readouterr().err
+    assert (err == "") == (code is None) and err.count("\n") <= 1
+    assert not code or stop.value.code == code and err.startswith(f"some.py: {says}")
+
+
+def test_commands_work_in_a_latin_1_locale(tmp_path):
+    environment = {**PYTHON_PATH, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, data.__file__, "planted", "--users", "5", "--out", str(tmp_path / "o ≥ −")]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "o ≥ −/meta.json").exists()
+    code = "import data; data.run_command('p', lambda: print('≥ −') or data.read_json('−'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (4, rb"\u2265 \u2212") and rb"\u2212 is missing" in done.stderr
+
+
+def test_importing_data_imports_no_torch():
+    code = "import sys, data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=PYTHON_PATH).returncode == 0
+
+
+def test_a_locked_folder_refuses_a_second_run_and_is_freed(tmp_path):
+    lock = tmp_path / "sub/.lock"
+    code = f"import data; data.run_command('second', data.exclusive_lock({str(lock)!r}).__enter__)"
+    with data.exclusive_lock(lock):
+        done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=PYTHON_PATH)
+        assert done.returncode == 2 and f"process {os.getpid()}" in done.stderr
+    assert not lock.exists() and subprocess.run([sys.executable, "-c", code], env=PYTHON_PATH).returncode == 0
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    data.write_json(path, {"b": "≥", "a": [1]})
+    assert path.read_text(encoding="utf-8") == '{\n "b": "≥",\n "a": [\n  1\n ]\n}\n'
+
+    def stopped(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, stopped)
+    assert data.read_json(path, "a", "b") == {"b": "≥", "a": [1]} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "", "nul", "[" * 100_000, '{"a": "' + "x" * (1 << 24) + '"}', "{}"])
+def test_read_json_refuses_what_is_no_object_or_lacks_a_key(text, tmp_path):
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(ValueError, match="lacks a" if text == "{}" else "is not a JSON object") as error:
+        data.read_json(tmp_path / "f", "a")
+    assert str(tmp_path / "f") in str(error.value) and len(str(error.value)) < 300
+    with pytest.raises(FileNotFoundError, match="none is missing"):
+        data.read_json(tmp_path / "none")
+
+
+def test_sha256_of_a_sample_sees_size_and_blocks(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"abc")
+    assert data.sha256_of(path) == hashlib.sha256(b"abc").hexdigest()
+    assert data.sha256_of(path, sample=True) == hashlib.sha256(b"3abc").hexdigest()
+    body = bytes(1 << 23)
+    path.write_bytes(body)
+    whole, sample = data.sha256_of(path), data.sha256_of(path, sample=True)
+    path.write_bytes(body[:-1] + b"x")                                     # the last block is in the sample
+    assert data.sha256_of(path) != whole and data.sha256_of(path, sample=True) != sample
+    path.write_bytes(body[:100_000] + b"x" + body[100_001:])               # between two sampled blocks
+    assert data.sha256_of(path) != whole and data.sha256_of(path, sample=True) == sample
+
+
+@pytest.mark.parametrize("parse, text", [
+    *((data.positive_int, text) for text in ("0", "1.5", "x")),
+    *((data.nonnegative_int, text) for text in ("-1", "2147483648")),
+    *((data.nonnegative_float, text) for text in ("nan", "-1", "inf"))])
+def test_argument_types_have_one_range_and_a_clear_message(parse, text):
+    with pytest.raises(data.argparse.ArgumentTypeError, match=re.escape(f"'{text}' is not a")):
+        parse(text)
+    assert parse("1") == 1
+
+
+def test_run_facts_name_command_machine_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--out", "a b"])
+    facts = data.run_facts(0.0, "some.py")
+    assert facts["command"] == "python some.py --out 'a b'" and facts["started"] == "1970-01-01T00:00:00Z"
+    assert facts["seconds"] > 1e9 and facts["peak_mb"] > 1 and facts["machine"] == data.machine()
+    assert facts["versions"]["numpy"] == np.__version__ and facts["machine"]["cores"] >= 1
+
+
+# -------------------------------------------------------------------------------------------- split, core, verdicts
+
+def test_split_by_hand():
+    user, time = np.array(list("aaaaabbbccd")), np.array([5, 1, 4, 2, 3, 9, 7, 8, 2, 1, 3])
+    assert data.split(user, time, np.arange(11)).tolist() == [2, 0, 1, 0, 0, 2, 0, 1, 2, 0, 0]
+    for n, valid, test in [(1, 0, 0), (2, 0, 1), (3, 1, 1), (4, 1, 1), (5, 1, 1), (8, 1, 2), (20, 2, 4), (48, 5, 10)]:
+        parts = data.split(np.zeros(n), np.arange(n), np.arange(n))
+        assert parts.tolist() == [0] * (n - valid - test) + [1] * valid + [2] * test
+    assert data.split(np.zeros(3), np.arange(3), np.arange(3), 0.01, 0.98).tolist() == [0, 1, 2]  # train is never empty
+    assert data.split(np.zeros(0), np.zeros(0), np.zeros(0)).tolist() == []
+    with pytest.raises(ValueError, match="valid=0.5"):
+        data.split(user, time, np.arange(11), valid=0.5, test=0.5)
+
+
+def test_ties_in_time_are_broken_by_a_hash_not_by_order_or_item():
+    user, item = np.repeat(np.arange(400), 3), np.tile([0, 1, 2], 400)
+    users = np.array([f"u{n}" for n in range(400)])
+    shop = data.Dataset(users, np.array(["p", "q", "r"]), [dict(data.UNKNOWN)] * 3, user, item,
+                        np.ones(1200, np.float32), np.full(1200, 7))
+    rows, key = data.sort_dataset(shop)
+    last = rows.item[data.split(rows.user, rows.time, key) == 2]
+    assert (np.bincount(last) > 90).all()                                 # any item may be the last
+    order = np.random.default_rng(0).permutation(1200)
+    again, key_again = data.sort_dataset(shop._replace(user=user[order], item=item[order]))
+    assert (again.item == rows.item).all() and (key_again == key).all() and len(set(key.tolist())) == 1200
+
+
+def test_k_core_equals_the_naive_loop():
     rng = np.random.default_rng(0)
     for trial in range(20):
         user, item = rng.integers(40, size=150), rng.integers(30, size=150).astype(str)
@@ -1571,151 +195,273 @@ def test_data_k_core_equals_the_naive_loop():
     assert data.k_core([], [], 2, 2).tolist() == []
 
 
-def test_data_vocabulary_and_core_come_from_train_rows():
-    items = {i: {"title": i, "category": "c" + i, "brand": None, "price": p} for i, p in
-             [("p", 1.0), ("q", 5.0), ("r", 9.0), ("once", None), ("new", 2.0)]}
-    rows = [("a", "p", 0), ("a", "q", 0), ("a", "once", 0), ("a", "new", 1), ("a", "p", 2),
-            ("b", "p", 0), ("b", "q", 0), ("b", "r", 1), ("b", "r", 2), ("z", "once2", 0)]
-    items["once2"] = items["once"]
-    user, item, parts = map(np.array, zip(*rows))
-    made = data.Dataset(user, item, np.full(10, 4.0), np.arange(10), items)
-    ready = data.prepare(made, data.LAYOUTS["planted"], k_user=2, k_item=2, parts=parts)
-    x = dict(zip([(u, i) for u, i, _ in rows], ready.arrays["x"].tolist()))
-    assert ready.arrays["users"].tolist() == ["a", "b"]                # z has no row with a known item
-    assert ready.fields == ["user", "item", "category", "price"]       # no brand is known: no such field
-    assert ready.sizes == [3, 3, 4, 4]                                 # p, q; cp, cq, conce
-    assert [x["a", i][1:3] for i in ("p", "q", "once", "new")] == [[1, 2], [2, 3], [0, 1], [0, 0]]
-    assert x["a", "once"][3:] == [0] and np.isnan(ready.arrays["price"]).sum() == 1
-    assert ready.evidence["a"] == {"title": ["p", "q", "once"], "category": ["cp", "cq", "conce"],
-                                   "price": ["cheap, $1", "expensive, $5"]}
-    with pytest.raises(data.Fault) as fault:
-        data.prepare(made, data.LAYOUTS["planted"], k_user=9, parts=parts)
-    assert fault.value.code == 4
-
-
-def test_data_price_words_are_terciles_within_the_category():
+def test_price_words_are_terciles_of_the_catalogue_within_the_category():
     price = lambda category, value: {"category": category, "price": value}
     known = [price(c, p * unit) for c, unit in (("pin", 1), ("car", 1000)) for p in range(1, 10)]
     words = data.PriceWords(known)
     assert words.text(price("pin", 1)) == "cheap, $1" and words.text(price("pin", 5.2)) == "mid-range, $5"
+    assert words.text(price("pin", 0.4)) == "cheap, $0.40"
     assert [words.code(price("car", p)) for p in (1500, 5000, 8500)] == [1, 2, 3]
     assert words.code(price("rare", 5)) == 1 and words.code(price("rare", 8000)) == 3  # the terciles of all
     assert words.code(price("pin", None)) == 0 and words.text(price("pin", None)) is None
     assert data.PriceWords([]).code(price("pin", 5)) == 0
 
 
-@pytest.mark.parametrize("layout", ["planted", "amazon", "nete"])
-def test_data_leak_test_rows_change_nothing_fitted(layout, tmp_path):
-    rows, parts = planted_rows()
-    rows = rows._replace(notes=np.array([f"note {r % 7}" for r in range(len(parts))], object))
-    layout = data.LAYOUTS[layout]
-    held = np.flatnonzero(parts > 0)
-    trained = set(rows.item[parts == 0].tolist())
-    items, item, rating = {**rows.items}, rows.item.astype("U8"), rows.rating.copy()
-    rating[held] = 6 - rating[held]
-    for r in held[::2]:  # other items, with a category, a brand and a price of their own
-        item[r] = f"new{r}"
-        items[item[r]] = {"title": "stray", "category": "garden tools", "brand": f"b{r}", "price": 1e3 * r}
-    for name in set(rows.item.tolist()) - trained:
-        items[name] = {**items[name], "price": 1e6}
-    notes = np.where(parts > 0, "told too early", rows.notes)
-    edited, fitted = rows._replace(item=item, rating=rating, items=items, notes=notes), []
-    for name, version in (("a", rows), ("b", edited)):
-        ready = data.prepare(version, layout, k_item=3, parts=parts)
-        a, train = ready.arrays, ready.arrays["split"] == 0
-        (tmp_path / name).mkdir()
-        data.save(tmp_path / name, "planted", ready, layout, {"seed": 0}, {})
-        fitted.append([(tmp_path / name / "evidence.jsonl").read_bytes(), ready.sizes, a["users"].tobytes(),
-                       *(a[key][train].tobytes() for key in ("user", "x", "y", "rating", "price", "time"))])
-    assert fitted[0] == fitted[1]
-    before = data.prepare(rows, layout, k_item=3, parts=parts).arrays["x"]
-    assert not np.array_equal(a["x"][~train], before[~train])              # the edits did arrive
-
-
-def test_data_evidence_is_a_capped_sample_of_ones_own_training_rows():
-    rows, parts = planted_rows()
-    layout = data.LAYOUTS["planted"]
-    ready = data.prepare(rows, layout, evidence=5, parts=parts)
-    users = ready.arrays["users"].tolist()
-    for user, texts in ready.evidence.items():
-        own = [rows.items[i] for i in rows.item[(rows.user == user) & (parts == 0)]]
-        assert all(len(values) == min(5, len(own)) for values in texts.values())
-        assert set(texts["title"]) <= {item["title"] for item in own}
-    some = np.isin(rows.user, users[:20])  # without the other users, and in another order
-    order = np.random.default_rng(0).permutation(np.flatnonzero(some))
-    fewer = rows._replace(**{c: getattr(rows, c)[order] for c in ("user", "item", "rating", "time")})
-    again = data.prepare(fewer, layout, k_item=1, evidence=5, parts=parts[order])
-    assert again.evidence == {user: again.evidence[user] for user in users[:20]}
-    assert all(again.evidence[user]["title"] == ready.evidence[user]["title"] for user in users[:20])
-    other = data.prepare(rows, layout, evidence=5, parts=parts, seed=1)
-    assert other.evidence != ready.evidence and (other.arrays["x"] == ready.arrays["x"]).all()
-    assert sum(map(len, data.prepare(rows, layout, evidence=0).evidence[users[0]].values())) == 0
-
-
-def test_data_verdicts_and_kinds_by_rows_by_hand():
+def test_verdicts_by_hand():
     """Item a has 5, 5, 5, 1 and b 1, 1 in training: mean 3; a's gap is (2+2+2−2)/9 = .444, b's −4/7 = −.571."""
-    verdicts = data.Verdicts(np.array(list("aaaabb")), np.array([5, 5, 5, 1, 1, 1], float))
-    told = [verdicts.text("a", 5), verdicts.text("a", 4), verdicts.text("a", 3), verdicts.text("b", 1), verdicts.text("x", 3)]
-    assert told == ["much better", "better", "worse", "much worse", "about the same"]
-    layout = {"kinds": {"likes": {"from": "tags", "rows": "liked"}, "dislikes": {"from": "tags", "rows": "disliked"},
-                        "title": {"most": 1}, "verdict": {}}}
-    about = [{"tags": ["x", "y"], "title": "A"}, {"tags": ["z"], "title": None}, {"tags": [], "title": "C"}]
-    rows = data.Rows(np.array(list("uuv")), np.array(list("abc")), np.array([4.0, 3.0, 5.0]), np.array([1, 2, 3]), about)
-    texts = data.tell(layout, rows, np.array([True, True, False]), 2, verdict=lambda r: f"verdict {r}")
-    assert texts == {"u": {"likes": ["x", "y"], "dislikes": ["z"], "title": ["A"], "verdict": ["verdict 0", "verdict 1"]}}
+    item = np.array(list("aaaabb" + "aaabx"))
+    rating = np.array([5, 5, 5, 1, 1, 1, 5, 4, 3, 1, 3], np.float32)
+    train = np.arange(11) < 6
+    found = data.verdicts(item, rating, train)
+    assert found.dtype == np.int8
+    assert [data.VERDICTS[v] for v in found[6:]] == ["much better", "better", "worse", "much worse", "about the same"]
+    rating[6:] = 1                                                         # other rows' ratings fit nothing
+    assert (data.verdicts(item, rating, train)[:6] == found[:6]).all()
+    with pytest.raises(ValueError, match="no training row"):
+        data.verdicts(item, rating, np.zeros(11, bool))
 
 
-def test_data_newcomers_are_split_by_user_and_their_later_rows_leak_nowhere(tmp_path):
-    shop = data.planted(seed=3, users=60)
-    parts, rank, warm = data.newcomers(shop, seed=0)
-    kinds = [(set(parts[mine]), set(warm[mine])) for mine in (shop.user == user for user in np.unique(shop.user))]
-    assert all(kind <= {3, 0 if known == {True} else 1} or kind <= {3, 2} and known == {False} for kind, known in kinds)
-    assert sum(2 in kind for kind, _ in kinds) <= 12 and sum(known == {True} for _, known in kinds) == 42
-    for user in np.unique(shop.user):
-        own = np.sort(rank[(shop.user == user) & (parts == 3)])
-        assert own.tolist() == list(range(min(8, (shop.user == user).sum() // 2)))
-    fit = {"k_user": 1, "k_item": 1, "evidence": 8, "seed": 0}
-    later = np.isin(parts, (1, 2))
-    edited = shop._replace(rating=np.where(later, 6 - shop.rating, shop.rating))
+# -------------------------------------------------------------------------------------------- a folder, by hand
+
+SHOP_LAYOUT = {"profiles": {"hobby": "hobby", "background": "background"}, "kinds": {
+    "title": {"lead": "bought", "view": ["hobby"]},
+    "likes": {"lead": "likes", "view": ["hobby"], "from": "tags", "rows": "liked"},
+    "dislikes": {"lead": "dislikes", "view": ["hobby"], "from": "tags", "rows": "disliked"},
+    "price": {"lead": "paid", "view": ["background"]}, "verdict": {"lead": "finds", "view": ["background"]},
+    "person": {"lead": "is", "view": ["background"]}, "review": {"lead": "wrote", "view": ["hobby"]}}}
+
+
+def tiny_dataset():
+    """u: q (5 stars), p (1), z (4); v: p (3). Not in order; z is sold without a price, the last item to nobody."""
+    item = lambda title, category, price, *tags: {
+        "title": title, "category": category, "brand": None, "price": price, "tags": list(tags)}
+    attributes = [item("Zed", "B", None), item("Pea", "A", 2.0, "y", "x"), item("Queue", "A", 9.0, "x"),
+                  item("Moth", "C", 5.0, "m")]
+    return data.Dataset(np.array(["v", "u"]), np.array(["z", "p", "q", "n"]), attributes, np.array([1, 0, 1, 1]),
+                        np.array([0, 1, 1, 2]), np.array([4, 3, 1, 5], np.float32), np.array([30, 10, 20, 10]),
+                        row_texts={"review": np.array(["late", None, "so so", "great"], object)},
+                        user_texts={"u": ["old", "kind"], "v": []}, truth={"hobby": np.array([7, 3])})
+
+
+SHOP_TEXTS = [("title", "Moth"), ("title", "Pea"), ("title", "Queue"), ("title", "Zed"), ("likes", "m"), ("likes", "x"),
+         ("likes", "y"), ("dislikes", "m"), ("dislikes", "x"), ("dislikes", "y"), ("price", "cheap, $2"),
+         ("price", "expensive, $9"), ("price", "mid-range, $5"), ("verdict", "about the same"), ("verdict", "better"),
+         ("verdict", "much better"), ("verdict", "much worse"), ("verdict", "worse"), ("person", "kind"),
+         ("person", "old"), ("review", "great"), ("review", "so so")]
+
+
+def told(rows, csr):
+    indptr, text = csr
+    return [[rows.texts[t][1] for t in text[a:b]] for a, b in itertools.pairwise(indptr)]
+
+
+def test_a_folder_by_hand(tmp_path, capsys):
+    meta = data.write_data(tmp_path, "tiny", tiny_dataset(), SHOP_LAYOUT, reviews=2, config={"seed": 5})
+    assert capsys.readouterr().out.startswith("2 distinct review texts")
+    rows = data.read_data(tmp_path)
+    assert rows.meta == meta and (rows.name, meta["version"], meta["seed"]) == ("tiny", 2, 5)
+    assert (rows.fields, rows.sizes) == (["user", "item", "category", "price"], [3, 5, 4, 4])
+    assert rows.users.tolist() == ["u", "v"] and rows.user.tolist() == [0, 0, 0, 1]
+    assert rows.items.tolist() == [[0, 0, 0], [1, 3, 2], [2, 1, 1], [3, 1, 3], [4, 2, 0]]    # n, p, q, z
+    assert rows.x.tolist() == [[1, 3, 1, 3], [1, 2, 1, 1], [1, 4, 2, 0], [2, 2, 1, 1]]
+    assert rows.price.tolist()[:2] == [9, 2] and np.isnan(rows.price).tolist() == [False, False, True, False]
+    assert (rows.rating.tolist(), rows.time.tolist()) == ([5, 1, 4, 3], [10, 20, 30, 10])
+    assert rows.part.tolist() == [0, 1, 2, 0]
+    assert rows.texts == SHOP_TEXTS and [rows.texts[v][1] for v in rows.verdicts] == data.VERDICTS
+    assert meta["kinds"] == {"title": 4, "likes": 3, "dislikes": 3, "price": 3, "verdict": 5, "person": 2, "review": 2}
+    assert told(rows, (rows.indptr, rows.text)) == [
+        ["Queue", "x", "expensive, $9", "old", "kind", "great"], ["Pea", "y", "x", "cheap, $2", "so so"], ["Zed"],
+        ["Pea", "y", "x", "cheap, $2"]]                                    # the third row of u tells no review
+    assert meta["parts"] == {
+        "train": {"rows": 2, "users": 2, "items": 2, "positives": 1}, "valid": {"rows": 1, "users": 1, "items": 1,
+        "positives": 0}, "test": {"rows": 1, "users": 1, "items": 1, "positives": 1},
+        "all": {"rows": 4, "users": 2, "items": 3, "positives": 2}}
+    catalogue = np.load(tmp_path / "catalogue.npz")
+    assert catalogue["ids"].tolist() == ["", "n", "p", "q", "z"] and catalogue["price"].tolist()[1:4] == [5, 2, 9]
+    truth = data.read_truth(tmp_path)
+    assert {key: value.tolist() for key, value in truth.items()} == {
+        "users": ["u", "v"], "n_train": [1, 1], "hobby": [3, 7]}
+    types = {name: str(value.dtype) for name, value in rows._asdict().items() if isinstance(value, np.ndarray)}
+    assert types == {"user": "int32", "x": "int32", "rating": "float32", "price": "float32", "time": "int64",
+                     "part": "int8", "users": "<U1", "items": "int32", "indptr": "int64", "text": "int32",
+                     "verdicts": "int32"}
+
+
+def test_row_texts_by_hand(tmp_path):
+    """Training: q 5, p 3: mean 4, gaps q 1/6, p −1/6. Differences .83, −2.83, 0, −.83."""
+    data.write_data(tmp_path, "tiny", tiny_dataset(), SHOP_LAYOUT)
+    rows = data.read_data(tmp_path)
+    assert told(rows, data.row_texts(rows, rows.part == 0)) == [
+        ["Queue", "x", "expensive, $9", "better", "old", "kind"], ["Pea", "y", "x", "cheap, $2", "much worse"],
+        ["Zed", "about the same"], ["Pea", "y", "x", "cheap, $2", "worse"]]
+    assert told(rows, data.row_texts(rows, rows.part == 0, ["verdict", "title"])) == [
+        ["Queue", "better"], ["Pea", "much worse"], ["Zed", "about the same"], ["Pea", "worse"]]
+    assert told(rows, data.row_texts(rows, rows.part == 0, ["person"])) == [["old", "kind"], [], [], []]
+    assert told(rows, data.row_texts(rows, rows.part == 0, [])) == [[]] * 4
+    with pytest.raises(ValueError, match="brand, colour: it has title, likes"):
+        data.row_texts(rows, rows.part == 0, ["title", "brand", "colour"])
+
+
+def test_row_texts_ignores_the_ratings_of_excluded_users(tmp_path):
+    shop = data.planted(seed=3, users=40)
+    layout = data.LAYOUTS["amazon"]
+    data.write_data(tmp_path / "a", "shop", shop, layout)
+    excluded = np.isin(shop.user, [1, 5, 9])
+    edited = shop._replace(rating=np.where(excluded, 6 - shop.rating, shop.rating))
+    data.write_data(tmp_path / "b", "shop", edited, layout)
+    a, b = (data.read_data(tmp_path / name) for name in "ab")
+    train = (a.part == 0) & ~np.isin(a.user, [1, 5, 9])
+    verdict = [np.array(told(rows, data.row_texts(rows, train, ["verdict"])))[:, 0] for rows in (a, b)]
+    others = ~np.isin(a.user, [1, 5, 9])
+    assert (verdict[0][others] == verdict[1][others]).all() and (verdict[0] != verdict[1]).any()
+    everyone = np.array(told(b, data.row_texts(b, b.part == 0, ["verdict"])))[:, 0]
+    assert (verdict[1][others] != everyone[others]).any()                  # the mask does count
+
+
+@pytest.mark.parametrize("layout", ["planted", "amazon", "ml-100k"])
+def test_editing_held_rows_changes_no_text_no_catalogue_and_no_other_row(layout, tmp_path):
+    shop, key = data.sort_dataset(data.planted(seed=3, users=60))
+    shop = shop._replace(attributes=[{**item, "genres": [item["brand"], "b"]} for item in shop.attributes])
+    part = data.split(shop.user, shop.time, key)
+    at_once = Counter(zip(shop.user.tolist(), shop.time.tolist()))
+    alone = np.array([at_once[pair] == 1 for pair in zip(shop.user.tolist(), shop.time.tolist())])
+    moved = (part > 0) & alone & (np.arange(len(part)) % 2 == 0)          # these are of other items, too
+    edited = shop._replace(rating=np.where(part > 0, 6 - shop.rating, shop.rating),
+                           item=np.where(moved, (shop.item + 7) % 240, shop.item))
     for name, rows in (("a", shop), ("b", edited)):
-        data.save_newcomers(tmp_path / name, "shop", rows, data.LAYOUTS["planted"], fit, fit)
-    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
-               for path in ("new/evidence.jsonl", "new/n1/evidence.jsonl", "new/n8/evidence.jsonl"))
-    told = {n: [json.loads(line) for line in open(tmp_path / "a" / f"new/n{n}/evidence.jsonl")] for n in (1, 8)}
-    assert all(len(line["evidence"]["title"]) == 1 for line in told[1])
-    assert {len(line["evidence"]["title"]) for line in told[8]} <= set(range(1, 9)) and len(told[8]) == len(told[1]) == 60
-    warm_told = [json.loads(line)["user"] for line in open(tmp_path / "a/new/evidence.jsonl")]
-    assert set(warm_told) == set(shop.user[warm])
-    arrays = np.load(tmp_path / "a" / "new" / "n2" / "interactions.npz")
-    new = np.isin(arrays["split"], (1, 2))
-    assert (arrays["x"][new, 0] == 0).all() and (arrays["x"][arrays["split"] == 0, 0] > 0).all()   # nobody knows a newcomer's id
-    assert np.bincount(arrays["user"][arrays["split"] == 3]).max() == 2
+        data.write_data(tmp_path / name, "shop", rows, data.LAYOUTS[layout])
+    for file in ("texts.jsonl", "catalogue.npz"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    a, b = (data.read_data(tmp_path / name) for name in "ab")
+    assert (a.part == b.part).all() and (a.part == part).all() and (a.x[~moved] == b.x[~moved]).all()
+    assert (a.x[moved] != b.x[moved]).any(1).all() and (a.rating != b.rating).any()
+    train = part == 0
+    x, y = (told(rows, data.row_texts(rows, train)) for rows in (a, b))
+    assert all(x[r] == y[r] for r in np.flatnonzero(train)) and x != y
 
 
-def test_data_ml_100k_readers_agree_and_refuse_another_file(tmp_path, monkeypatch):
-    """GroupLens's zip and the wheel tell the same films; what is not the data set ends in a sentence."""
-    (tmp_path / "wheel").mkdir()
-    with zipfile.ZipFile(tmp_path / "ml-100k.zip", "w") as files:
-        files.writestr("ml-100k/u.data", "1\t2\t3\t881250949\n")
-        files.writestr("ml-100k/u.item", "2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n")
-        files.writestr("ml-100k/u.genre", "unknown|0\nAction|1\nDrama|2\nSci-Fi|3\n\n")
-        files.writestr("ml-100k/u.user", "1|24|M|technician|85711\n")
-    with zipfile.ZipFile(tmp_path / "wheel" / "recbole.whl", "w") as files:
-        for name, line in (("inter", "1\t2\t3\t881250949"), ("item", "2\tMatrix, The\t1989\tAction Sci-Fi"),
-                           ("user", "1\t24\tM\ttechnician\t85711")):
-            files.writestr(f"recbole/dataset_example/ml-100k/ml-100k.{name}", f"header\n{line}\n")
-    one, two = data.grouplens(tmp_path / "ml-100k.zip"), data.recbole(tmp_path)
-    assert one == two == ([("1", "2", 3.0, 881250949)], {"2": {
-        "title": "The Matrix", "genres": ["action", "science fiction"], "category": "action", "brand": None, "price": None,
-        "era": "1970 to 1989"}}, {"1": ["24", "M", "technician"]})
-    assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
-    (tmp_path / "ml-100k.zip").write_bytes(b"PK no zip")
-    assert code_of(data, ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])[0] == 4
-    (tmp_path / "wheel" / "recbole.whl").write_bytes(b"PK no zip")
-    with pytest.raises(data.Fault, match="is not the wheel") as fault:
-        data.recbole(tmp_path)
-    assert fault.value.code == 4
+@pytest.mark.parametrize("file", [*data.FILES, "truth.npz"])
+def test_read_data_refuses_an_altered_or_missing_file_and_an_older_folder(file, tmp_path):
+    meta = data.write_data(tmp_path, "tiny", tiny_dataset(), SHOP_LAYOUT)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b" ")
+    for read in (data.read_data, data.read_truth)[:1 + (file == "truth.npz")]:
+        with pytest.raises(ValueError, match=f"{file} is not the one that meta.json records: make the folder again"):
+            read(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match="is not the one"):
+        data.read_data(tmp_path)
+    data.write_json(tmp_path / "meta.json", {**meta, "version": 1})
+    with pytest.raises(ValueError, match="another version"):
+        data.read_data(tmp_path)
 
+
+# ---------------------------------------------------------------------------------------------- the planted shop
+
+def test_planted_titles_tell_no_level_and_prices_no_hobby():
+    _, items, cells = data.planted_catalogue(np.random.default_rng(0))
+    column = lambda field: np.array([item[field] for item in items])[cells]               # (hobby, level, 20)
+    titles, shelves = column("title"), column("category")
+    nouns = np.vectorize(lambda title: title.split(" ", 1)[1])(titles)
+    assert (nouns == nouns[:, :1]).all() and len(set(nouns.flat)) == 80 and len(set(titles.flat)) == 240
+    assert (shelves == shelves[:, :1]).all() and len(set(shelves.flat)) == 12
+    assert all(set(a.ravel()).isdisjoint(b.ravel()) for a, b in itertools.combinations(column("brand"), 2))
+    materials = [[title.split()[0] for title in cell] for cell in titles.reshape(12, 20)]
+    assert min(len(set(cell)) for cell in materials) >= 4                   # no material marks a level
+    ratio = column("price") / np.array([8, 40, 200])[:, None]
+    assert (0.74 < ratio).all() and (ratio < 1.26).all() and (ratio.std(axis=2) > 0.08).all()
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_planted_behaviour_follows_the_profiles_or_null(null):
+    rows = data.planted(seed=1, users=2000, null=null)
+    category = {c: h for h, shelf in enumerate(data.SHOP.values()) for c in shelf[2]}
+    hobby, level = (rows.truth[p][rows.user] for p in ("hobby", "background"))
+    of_item = np.array([[category[one["category"]], np.digitize(one["price"], [20, 100])] for one in rows.attributes])
+    fit = np.stack([hobby, level]) == of_item[rows.item].T
+    liked = [(rows.rating > 3)[fit.sum(0) == n].mean() for n in range(3)]
+    assert np.allclose(fit.mean(1), [1 / 4, 1 / 3] if null else [0.85, 0.8 + 0.2 / 3], atol=0.02)
+    assert np.allclose(liked, 0.775 if null else [0.1, 0.45, 0.9], atol=0.03)
+    assert abs((rows.rating > 3).mean() - 0.775) < 0.015                   # the same rate with and without
+    cells = np.bincount(3 * rows.truth["hobby"] + rows.truth["background"])
+    assert len(cells) == 12 and np.abs(cells / 2000 - 1 / 12).max() < 0.02   # the profiles are independent
+    n = np.bincount(rows.user)
+    assert n.max() <= 50 and not ((n > 6) & (n < 10)).any() and abs((n <= 6).mean() - 0.3) < 0.04
+    assert len(set(zip(rows.user.tolist(), rows.item.tolist(), rows.time.tolist()))) == len(rows.user)
+    assert len(set(zip(rows.user.tolist(), rows.time.tolist()))) < len(rows.user)             # ties
+
+
+def test_planted_command_same_seed_same_bytes(tmp_path, capsys):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        data.main(["planted", "--out", str(tmp_path / name), "--users", "40", "--seed", seed])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    files = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("[!m]*")}   # not meta.json
+    a, b, c = map(files, "abc")
+    assert set(a) == {*data.FILES, "truth.npz"} and a == b and all(a[file] != c[file] for file in a)
+    rows = data.read_data(tmp_path / "c")
+    assert rows.meta["parts"] == {key: printed[key] for key in ("train", "valid", "test", "all")}
+    assert rows.meta["config"] == {"seed": 1, "users": 40, "noise": 0.2, "null": False} and rows.meta["seed"] == 1
+    assert ((0 <= rows.x) & (rows.x < rows.sizes)).all() and rows.fields[1:] == ["item", "category", "brand", "price"]
+    assert len(rows.verdicts) == 0 and (np.diff(rows.indptr) == 3).all()
+    assert rows.meta["code_sha256"] == hashlib.sha256(Path(data.__file__).read_bytes()).hexdigest()
+    data.write_data(tmp_path / "c", "tiny", tiny_dataset()._replace(truth={}), SHOP_LAYOUT)     # over it: no truth of before is left
+    assert data.read_truth(tmp_path / "c") is None and not (tmp_path / "c/truth.npz").exists()
+
+
+# ------------------------------------------------------------------------------------------------ MovieLens-100K
+
+def zipped(path, folder, **files):
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(f"{folder}{name}", text)
+
+
+def test_ml_100k_readers_agree_and_refuse_another_file(tmp_path):
+    """GroupLens's zip and the wheel tell the same films; a file that is not the data set ends in a sentence."""
+    path, wheel = tmp_path / "ml-100k.zip", tmp_path / "wheel/recbole.whl"
+    zipped(path, "ml-100k/u.", data="1\t2\t3\t881250949\n", user="1|24|M|technician|85711\n",
+           item="2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n", genre="unknown|0\nAction|1\nDrama|2\nSci-Fi|3\n\n")
+    zipped(wheel, "recbole/dataset_example/ml-100k/ml-100k.", inter="header\n1\t2\t3\t881250949\n",
+           item="header\n2\tMatrix, The\t1989\tAction Sci-Fi\n", user="header\n1\t24\tM\ttechnician\t85711\n")
+    assert data.read_grouplens(path) == data.read_recbole(tmp_path) == ([("1", "2", 3.0, 881250949)], {"2": {
+        "title": "The Matrix", "genres": ["action", "science fiction"], "category": "action", "brand": None,
+        "price": None, "era": "1970 to 1989"}}, {"1": ["24", "M", "technician"]})
+    command = ["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)]
+    assert exit_code(command)[0] == 4                                      # one rating only
+    path.write_bytes(b"PK no zip")
+    wheel.write_bytes(b"PK no zip")
+    assert exit_code(command)[0] == 4
+    with pytest.raises(ValueError, match="is not the wheel"):
+        data.read_recbole(tmp_path)
+
+
+def exit_code(argv):
+    """Exit code and sentence of a command, run in this process."""
+    try:
+        return 0, data.main(argv)
+    except Exception as error:
+        return data.error_exit(error)
+
+
+def test_ml_100k_takes_all_rows_of_whole_files(tmp_path, capsys):
+    """100,000 made-up ratings of 943 users and 1,682 films."""
+    films = "".join(f"{n}|Film {n} (19{n % 90 + 10})|01-Jan-19{n % 90 + 10}||url|0|{n % 2}|1\n" for n in range(1, 1683))
+    ratings = [(n % 943 + 1, (n // 943 * 16 + n % 16) % 1682 + 1, n % 5 + 1, 881250949 + n) for n in range(100_000)]
+    zipped(tmp_path / "ml-100k.zip", "ml-100k/u.", data="".join("\t".join(map(str, row)) + "\n" for row in ratings),
+           item=films, genre="unknown|0\nAction|1\nDrama|2\n",
+           user="".join(f"{n}|{n % 70 + 5}|M|other|1\n" for n in range(1, 944)))
+    data.main(["ml-100k", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)])
+    rows = data.read_data(tmp_path / "out")
+    assert rows.meta["parts"]["all"] == {"rows": 100_000, "users": 943, "items": 1682, "positives": 40_000}
+    assert rows.fields == ["user", "item", "category", "era"] and rows.meta["kinds"]["title"] == 1682
+    assert sorted(data.read_truth(tmp_path / "out")) == ["age", "gender", "n_train", "occupation", "users"]
+    one = told(rows, data.row_texts(rows, rows.part == 0, ["likes", "dislikes"]))
+    assert one[0] and all("drama" in texts for texts in one)
+    kinds = [{rows.texts[t][0] for t in rows.text[a:b]} for a, b in itertools.pairwise(rows.indptr)]
+    assert all((kind == {"title", "likes"}) == liked for kind, liked in zip(kinds, rows.rating > 3))
+
+
+# ---------------------------------------------------------------------------------------------- Amazon reviews
 
 def amazon_lines(generation):
     """Reviews, each with why it is refused or None, and lines of items; all by hand, and every reason occurs."""
@@ -1748,30 +494,33 @@ def amazon_lines(generation):
     return [(line, None) for line in good + again] + bad, [write(one) for one in items + others] + [b"nothing"]
 
 
-@pytest.mark.parametrize("generation, names", [
-    ("amazon14", ("reviews_Toys_5.json.gz", "meta_Toys.json.gz")),
-    ("amazon18", ("Toys_5.json.gz", "meta_Toys.json.gz")), ("amazon23", ("Toys.jsonl", "meta_Toys.jsonl.gz"))])
-def test_data_amazon_counts_what_it_refuses_and_why(generation, names, tmp_path, capsys):
+NAMES = {"amazon14": ("reviews_Toys_5.json.gz", "meta_Toys.json.gz"),
+         "amazon18": ("Toys_5.json.gz", "meta_Toys.json.gz"), "amazon23": ("Toys.jsonl", "meta_Toys.jsonl.gz")}
+
+
+def written(path, lines):
+    """Writes lines to a file, compressed if it is a .gz; what meta.json says of it."""
+    body = b"\n".join(lines)
+    path.write_bytes(gzip.compress(body) if path.suffix == ".gz" else body)
+    return {path.name: {"sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}}
+
+
+@pytest.mark.parametrize("generation", list(NAMES))
+def test_amazon_counts_what_it_refuses_and_why(generation, tmp_path, capsys):
     """Files got by hand: no request. Of 2023 the mirror's name, which is not compressed, does as well."""
-    reviews, items = amazon_lines(generation)
-    raw, sha = tmp_path / "raw", {}
-    raw.mkdir()
-    for name, lines in zip(names, ([line for line, _ in reviews], items)):
-        body = b"\n".join(lines)
-        (raw / name).write_bytes(gzip.compress(body) if name.endswith("gz") else body)
-        sha[name] = {"sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
-    command = [f"{generation}:Toys", "--out", str(tmp_path / "out"), "--raw", str(raw)]
-    with pytest.raises(data.Fault, match=r"19 of 37 lines cannot be used \(the first is 19: not readable\)"):
+    (reviews, items), (path, items_path) = amazon_lines(generation), (tmp_path / name for name in NAMES[generation])
+    sha = written(items_path, items) | written(path, [line for line, _ in reviews])
+    command = [f"{generation}:Toys", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"19 of 37 lines cannot be used \(the first is 19: not readable\)"):
         data.main(command)
     reviews += [(line, None) for line, _ in reviews[1:16]]               # more good than bad ones: the file is read
-    body = b"\n".join(line for line, _ in reviews)
-    (raw / names[0]).write_bytes(gzip.compress(body) if names[0].endswith("gz") else body)
-    sha[names[0]] = {"sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
-
-    data.main([*command, "--k-user", "1", "--k-item", "1"])
-    stats = json.loads(capsys.readouterr().out.splitlines()[-1])
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["stats"], meta["raw"], meta["name"], stats["rows"]) == (stats, sha, f"{generation}:Toys", 16)
+    sha |= written(path, [line for line, _ in reviews])
+    data.main([*command, "--k-core", "1"])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = data.read_data(tmp_path / "out")
+    meta = rows.meta
+    assert (meta["parts"]["all"], meta["raw"], meta["name"]) == (printed["all"], sha, f"{generation}:Toys")
+    assert printed["all"]["rows"] == 16
     no = "not a plain literal" if generation == "amazon14" else "not readable"
     assert meta["parse"] == {
         "lines": 52, "rows": 33, "duplicates": 16, "repeats": 1, "pairs": 16, "users": 4, "items": 4,
@@ -1780,23 +529,74 @@ def test_data_amazon_counts_what_it_refuses_and_why(generation, names, tmp_path,
         "items_file": {"lines": 7, "refused": {"item is missing or no id": 1, no: 1}, "unused": 1, "repeats": 1},
         "with_price": round(8 / 33, 4), "with_brand": round(8 / 33, 4)}
     assert meta["parse"]["refused"] == dict(sorted(Counter(why for _, why in reviews if why).items()))
-    told = json.loads((tmp_path / "out/evidence.jsonl").read_text().splitlines()[0])["evidence"]
-    assert sorted(told["title"]) == ["Tom & Jerry's \"cat\"", "x" * 60] and told["price"] == ["cheap, $4"]
-    assert sorted(told["brand"]) == ["Acme", "Toys"] and sorted(told["category"]) == ["Cats", "Toys"]
+    texts = {kind: [text for of, text in rows.texts if of == kind] for kind in rows.layout["kinds"]}
+    assert texts == {"title": ["Tom & Jerry's \"cat\"", "x" * 60], "category": ["Cats", "Toys"],
+                     "brand": ["Acme", "Toys"], "price": ["cheap, $4"], "verdict": sorted(data.VERDICTS), "review": []}
+    assert rows.rating[(rows.x[:, :2] == [2, 2]).all(1)] == [3]            # the first verdict of a pair counts
 
-    data.main([*command, "--users", "2", "--k-user", "4", "--k-item", "4"])
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert meta["kept"] == {"rows": 8, "users": 2, "users_of": 4, "items": 4} and not (tmp_path / "out/new").exists()
-    data.main([*command, "--new", "--k-user", "4", "--k-item", "4"])
-    assert json.loads((tmp_path / "out/new/n1/meta.json").read_text())["raw"] == sha
-    assert code_of(data, [*command, "--k-user", "5", "--k-item", "1"])[0] == 4
+    data.main([*command, "--users", "2", "--k-core", "4"])
+    meta = data.read_data(tmp_path / "out").meta
+    assert meta["kept"] == {"rows": 8, "users": 2, "users_of": 4, "items": 4}
+    assert exit_code([*command, "--k-core", "5"]) == (
+        4, "no user has 5 rows whose items have 5 rows: choose a smaller --k-core")
+
+
+def review_rows(generation):
+    """u tells three, the second only a text; v tells mark-up only. Times are against the order of the file."""
+    (user, item, rating, time), (summary, text), unit = (getattr(data.AMAZON[generation], key)
+                                                         for key in ("keys", "texts", "per_second"))
+    row = lambda u, i, day, **more: {user: u, item: i, rating: 5.0, time: (1_400_000_000 + day * 86_400) * unit, **more}
+    return [row("u", "i2", 3, **{summary: "Third &amp; last", text: "no"}),
+            row("u", "i1", 2, **{summary: "", text: "  It<br />works.  Buy " + "it " * 99}),
+            row("u", "i0", 1, **{summary: " ".join(map(str, range(1, 20))), text: ""}),
+            row("v", "i0", 1, **{summary: "<3", text: "{code}"}), row("v", "i1", 2, **{summary: None, text: 7})]
+
+
+@pytest.mark.parametrize("generation", list(data.AMAZON))
+def test_reviews_are_short_and_of_the_first_rows(generation, tmp_path, capsys):
+    reviews, meta = (tmp_path / name for name in NAMES[generation])
+    written(reviews, [json.dumps(row).encode() for row in review_rows(generation)])
+    written(meta, [json.dumps({data.AMAZON[generation].keys[1]: f"i{n}", "title": "T"}).encode() for n in range(3)])
+    command = [f"{generation}:Toys", "--k-core", "1", "--out", str(tmp_path / "out"), "--raw", str(tmp_path)]
+    long, second, third = " ".join(map(str, range(1, 16))), "It works.", "Third & last"
+    for n, want in (("2", [[long], [second], [], [], []]), ("9", [[long], [second], [third], [], []]), ("0", [[]] * 5)):
+        data.main([*command, "--reviews", n])
+        output = capsys.readouterr()
+        rows = data.read_data(tmp_path / "out")
+        assert told(rows, data.row_texts(rows, rows.part == 0, ["review"])) == want
+        assert (f"{sum(map(len, want))} distinct review texts" in output.out) == (n != "0")
+        assert "no row tells a price" in output.err and "tells a review" not in output.err
+    assert data.read_reviews(reviews, generation)[0].texts == {}           # no review is kept in memory
+
+
+@pytest.mark.parametrize("title, known", [
+    *((title, True) for title in (
+        "C++ Primer (5th Edition)", "Function & Form: A Memoir", "Window Film, Frosted", "var. silver ring",
+        "Alarm Clock with snooze function (black)", "Scientific calculator, 240 functions (solar)", "$9 & up; #1!",
+        "Document. Holder", "A = B: Proofs", "Blue_Moon Pen", "P. When: Stories", "Time (getting it)",
+        "100% cotton 'T'", "The Window. A Novel", "Variable speed = fun", "Read this document. Now")),
+    *((title, False) for title in (
+        "var aPageStart = (new Date()).getTime();", "(function(f) { f() })", "function(){return 1}", "!function a()",
+        "x = function (a) 5", "P.when('A').execute(1)", "window.ue_ihb = 1;", "document.getElementById('a')", "{a: b}",
+        "if(ue_t0) 1", "var $x=5", "<script>", "Toy " + "y " * 40 + "var aPageStart = (new Date()).getTime();", "",
+        None))])
+def test_titles_that_are_page_code_are_unknown_and_odd_ones_stay(title, known):
+    assert data.item_attributes({"title": title})["title"] == (title if known else None)
+
+
+@pytest.mark.parametrize("path, leaf", [
+    (["Gift Cards", "Gift Cards", "</span></span></span>", "Starbucks Gift Card 25", "Starbucks"], "Gift Cards"),
+    (["Office", "Pens"], "Pens"), (["Pens", "", None], "Pens"), (["<b>", "Pens"], "Main"), ([], "Main"),
+    ([["Office", "Pens"], ["Other"]], "Pens"), ("Office, Pens", "Pens"), ([["A", "&lt;b&gt;", "C"]], "A"), (7, "Main")])
+def test_the_category_is_the_leaf_before_any_mark_up(path, leaf):
+    assert data.item_attributes({"category": path, "main_cat": "Main"})["category"] == leaf
 
 
 @pytest.mark.parametrize("value, price", [
     ("$25.00", 25), ("$1,299.99", 1299.99), ("25", 25), (4, 4), *((unknown, None) for unknown in (
         0, -3.0, math.inf, math.nan, "", None, "None", "$1.00 - $3.00", ".a-box{top: 25px}", True, 2e6, [5]))])
-def test_data_prices_are_one_number_or_unknown(value, price):
-    assert data.price_of(value) == price
+def test_prices_are_one_number_or_unknown(value, price):
+    assert data.read_price(value) == price
 
 
 @pytest.mark.parametrize("line, says", [
@@ -1804,28 +604,13 @@ def test_data_prices_are_one_number_or_unknown(value, price):
     (b"[" + b"[]," * 20_000 + b"]", "too long"), (b"__import__('os').getcwd()", "plain"),
     (b"['a' for a in 'b']", "plain"), (b"{'a': '\\", "readable"),
     (b"'" + b"\\'" * 100_000, "readable"), (b"'" + b"x" * data.LITERAL + b"'", "too long"), (b"{[]: 1}", "readable")])
-def test_data_literals_are_plain_shallow_and_short(line, says):
+def test_literals_are_plain_shallow_and_short(line, says):
     with pytest.raises(data.Refused, match=says):
-        data.literal(line)
-    assert data.literal(b"{'a': [1.5, -2e-3, (\"a's\", u'\\u00e9')]}\n") == {"a": [1.5, -2e-3, ("a's", "é")]}
+        data.read_literal(line)
+    assert data.read_literal(b"{'a': [1.5, -2e-3, (\"a's\", u'\\u00e9')]}\n") == {"a": [1.5, -2e-3, ("a's", "é")]}
 
 
-def test_data_bench_ends_in_json(tmp_path, capsys):
-    data.main(["bench", "--rows", "300", "--out", str(tmp_path / "sub/data.json")])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "sub/data.json").read_text()) and result["of_json"] > 0
-    assert [point["rows"] for point in result["grow"]] == [300, 1200] and result["peak_mb"] > 0
-    data.synthetic(tmp_path / "f.gz", 300)
-    columns, counts, _ = data.read_reviews(tmp_path / "f.gz", data.OLD_KEYS.split(), 1)
-    assert counts == {"lines": 300, "refused": {}} and len(columns.users) == 31
-
-
-def test_data_layouts_fit_an_lm_and_tell_what_there_is(tiny):
-    known = {"title", "category", "brand", "price", "verdict", "genres", "feature", "person"}
-    for spec in data.LAYOUTS.values():
-        uip.Layout.build(spec, uip.load_lm(str(tiny), "float32", "cpu")[1])
-        assert {how.get("from", kind) for kind, how in spec["kinds"].items()} <= known
-
+# --------------------------------------------------------------------------------------------------- NETE layout
 
 def nete_rows(n=40):
     return [{"user": f"u{r % 5}", "item": r % 8, "rating": r % 5 + 1,
@@ -1833,26 +618,52 @@ def nete_rows(n=40):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_data_nete_reads_its_pickle_without_pickle(protocol, tmp_path, capsys):
+def test_nete_reads_a_pickle_of_plain_rows(protocol, tmp_path, capsys):
     rows = nete_rows(2500) + [{"user": None}, {"user": "u1", "item": "1", "rating": 9}, "text", None]
     (tmp_path / "reviews.pickle").write_bytes(pickle.dumps(rows, protocol))
-    assert list(data.unpickled(tmp_path / "reviews.pickle")) == rows
+    assert data.read_pickle(tmp_path / "reviews.pickle") == rows
     items = [{"item": 0, "price": 5, "brand": "B", "categories": [["A", "Inns"]]},
              {"item": "1", "categories": "Food, Bars"}, 5]
     (tmp_path / "item.json").write_text(json.dumps(items))
     people = [{"user": f"u{n}", "review_count": n, "useful": 0} for n in range(5)] + [{"user": "u9", "review_count": 9}]
     (tmp_path / "user.json").write_text(json.dumps(people))
-    data.main([f"nete:{tmp_path}", "--out", str(tmp_path / "out")])
-    parse = json.loads((tmp_path / "out/meta.json").read_text())["parse"]
+    data.main([f"nete:{tmp_path}", "--out", str(tmp_path / "out"), "--reviews", "3"])
+    output = capsys.readouterr()
+    assert "24 distinct review texts" not in output.out and "15 distinct review texts" in output.out and not output.err
+    found = data.read_data(tmp_path / "out")
+    parse = found.meta["parse"]
     assert parse["refused"] == {"not an object": 2, "rating is not 1 to 5": 2}
     assert parse["items_file"]["refused"] == {"not an object": 1} and parse["users_file"] == {"lines": 6, "refused": {}}
     assert [parse[key] for key in ("rows", "pairs", "users", "items", "repeats")] == [2500, 40, 5, 8, 2460]
     assert (parse["with_price"], parse["with_brand"]) == (0.1252, 0.1252)
-    told = [json.loads(line)["evidence"] for line in open(tmp_path / "out/evidence.jsonl")]
-    assert told[0]["person"] == ["few reviews", "few useful votes"] and told[4]["person"][0] == "many reviews"
-    assert set(told[1]["feature"]) == {"room", "food"} and {"Bars", "Inns"} >= set(told[1]["category"])
+    texts = {kind: told(found, data.row_texts(found, found.part == 0, [kind])) for kind in found.layout["kinds"]}
+    first = np.searchsorted(found.user, range(5)).tolist()
+    assert texts["person"][first[0]] == ["few reviews", "few useful votes"]
+    assert texts["person"][first[4]][0] == "many reviews"
+    assert sum(map(len, texts["person"])) == 10                            # the account speaks once, at the first row
+    assert [texts["review"][r] for r in range(8)] == [["s0"], ["s5"], ["s10"], [], [], [], [], []]
+    assert texts["feature"][:2] == [["food"], ["room"]] and texts["category"][:2] == [["Inns"], []]
     (tmp_path / "item.json").unlink()
-    assert code_of(data, [f"nete:{tmp_path}", "--out", str(tmp_path / "out")])[0] == 3
+    assert exit_code([f"nete:{tmp_path}", "--out", str(tmp_path / "out")])[0] == 4
+    assert "reviews.pickle is missing" in exit_code([f"nete:{tmp_path / 'none'}", "--out", str(tmp_path / "o")])[1]
+
+
+@pytest.mark.parametrize("key", ["template", "sentence"])
+def test_nete_reads_both_keys_and_a_tuple_of_several_rows(key, tmp_path, capsys):
+    shared = ("room", "nice", "The room   was nice. Yes.", 1)
+    told_by = shared if key == "template" else [shared, ("food", "b", "c", 1)]
+    evidence = [{key: told_by}] * 3 + [{}, {key: []}]
+    rows = [{"user": "u", "item": n, "rating": 4, **more} for n, more in enumerate(evidence)]
+    body = pickle.dumps(rows)
+    assert sum(op.name == "TUPLE" for op, *_ in pickletools.genops(body)) <= 2             # each is stored once
+    (tmp_path / "reviews.pickle").write_bytes(body)
+    (tmp_path / "item.json").write_text('[{"item": "0", "price": 3, "brand": "B"}]')
+    data.main([f"nete:{tmp_path}", "--out", str(tmp_path / "out"), "--reviews", "2"])
+    warned = [line.split(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert warned == ["no row tells a category", "no row tells a person"]
+    found = data.read_data(tmp_path / "out")
+    assert told(found, data.row_texts(found, found.part == 0, ["feature", "review"])) == [
+        ["room", "The room was nice."]] * 2 + [["room"], [], []]
 
 
 class Evil:
@@ -1861,18 +672,28 @@ class Evil:
 
 
 @pytest.mark.parametrize("body", [
-    pickle.dumps([{"user": Evil()}]), pickle.dumps([{("a",) * 3: 1}]), pickle.dumps({"rows": []}),
-    pickle.dumps([1])[:-2], b"", b"\x80\x04.", b"\x80\x04]r\xff\xff\xff\xff.", b"\x80\x04]X\xff\xff\xff\xffa.",
-    b"\x80\x04](" + b"]" * 2_000_000 + b"e.", b"\x80\x04]" + b"e" * 9 + b"."])
-def test_data_pickles_of_anything_else_run_nothing(body, tmp_path, monkeypatch):
+    pickle.dumps([{"user": Evil()}]), pickle.dumps([{"user": Evil()}], 2), pickle.dumps([{"user": Evil()}], 0),
+    b"cos\nmkdir\n(S'evil'\ntR.", b"\x80\x04]Pevil\n.", b"\x80\x04]\x8c\x04evilQ.", pickle.dumps([Path("evil")]),
+    pickle.dumps([{("a",) * 3: 1}]), pickle.dumps({"rows": []}), pickle.dumps([1])[:-2], b"", b"\x80\x04.",
+    b"\x80\x04]r\xff\xff\xff\xff.",
+    b"\x80\x04]X\xff\xff\xff\xffa.", b"\x80\x04](" + b"]" * 200_000 + b"e.", b"\x80\x04]" + b"e" * 9 + b".",
+    b"\x80\x04]})" + b"\x85" * 200_000 + b"Nsa.", b"\x80\x04]" + b"]" * 200_000 + b"a" * 200_000 + b".",
+    b"\x80\x04](}(" + b")" + b"\x85" * 200_000 + b"Nue.", b"\x80\x04](}(\x8c\x04user)" + b"\x85" * 200_000 + b"ue.",
+    pickle.dumps([{1, 2}]), pickle.dumps([bytearray(9)])])
+def test_pickles_of_anything_else_run_nothing(body, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reviews.pickle").write_bytes(body)
-    with pytest.raises(data.Fault, match="no plain pickle") as fault:
-        list(data.unpickled(tmp_path / "reviews.pickle"))
-    assert fault.value.code == 4 and not (tmp_path / "evil").exists()
+    before = data.peak_mb()
+    with pytest.raises(ValueError, match="no plain pickle|cannot be used") as error:
+        data.nete(tmp_path)
+    assert data.peak_mb() - before < 200 and len(str(error.value)) < 500 and not (tmp_path / "evil").exists()
+    monkeypatch.setattr(data, "PICKLE", 10)
+    (tmp_path / "reviews.pickle").write_bytes(bytes(11))
+    with pytest.raises(ValueError, match="larger than 10 bytes"):
+        data.read_pickle(tmp_path / "reviews.pickle")
 
 
-def test_data_bombs_and_cut_files_end_in_a_fault_in_little_memory(tmp_path, monkeypatch):
+def test_bombs_and_cut_files_end_in_an_error_in_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SMALL", 1 << 23)
     zeros, cut, newlines = (tmp_path / f"{name}.gz" for name in ("zeros", "cut", "newlines"))
     zeros.write_bytes(gzip.compress(bytes(1 << 25)))
@@ -1880,8 +701,8 @@ def test_data_bombs_and_cut_files_end_in_a_fault_in_little_memory(tmp_path, monk
     cut.write_bytes(gzip.compress(os.urandom(99_999))[:-9])
     tracemalloc.start()
     for path, says in ((zeros, "more than"), (newlines, "10001 of 10001"), (cut, "cut or broken")):
-        with pytest.raises(data.Fault, match=says):
-            data.read_reviews(path, data.OLD_KEYS.split(), 1)
+        with pytest.raises(ValueError, match=says):
+            data.read_reviews(path)
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
 
@@ -1910,7 +731,8 @@ def hostile(rng, rows: list[dict]) -> list:
 
 def fuzz_cases(tmp_path, rng):
     """loader → a function that makes a broken file and reads it all the way to what goes into a data folder."""
-    reviews = [dict(zip(data.OLD_KEYS.split(), (f"u{n}", f"i{n}", 4.0, 1_400_000_000))) for n in range(4)]
+    reviews = [dict(zip([*data.OLD_KEYS, *data.OLD_TEXTS], (f"u{n}", f"i{n}", 4.0, 1_400_000_000, "", "Good. <b>Yes")))
+               for n in range(4)]
     items = [{"asin": f"i{n}", "title": "A &amp; B's", "price": 2.5, "brand": "B", "categories": [["A", "B"]]}
              for n in range(4)]
     newer = [{"parent_asin": f"i{n}", "title": "T", "price": "$2", "details": '{"Brand": "B"}', "store": "S",
@@ -1933,27 +755,33 @@ def fuzz_cases(tmp_path, rng):
     def encoded(value):
         return json.dumps(value, ensure_ascii=False).encode()
 
+    def written(rows):
+        if rng.random() < 0.3:                                             # writing takes most of the time
+            data.write_data(tmp_path / "out", "fuzz", rows, data.LAYOUTS["nete"], 3)
+            data.read_data(tmp_path / "out")
+
     def read_reviews():
-        columns, counts, raw = data.read_reviews(lines(reviews, as_json), data.OLD_KEYS.split(), 1)
-        encoded(columns.dataset({}, counts, raw).user.tolist())
+        columns, counts, raw = data.read_reviews(lines(reviews, as_json), "amazon18", reviews=rng.random() < 0.5)
+        written(columns.dataset({}, counts, raw))
 
     def nete():
         for name, rows in (("item", shelf), ("user", people)):
             (folder / f"{name}.json").write_text(json.dumps(rows))
         pickled = spoiled(rng, pickle.dumps(hostile(rng, nete_rows(8)), rng.randrange(2, 6)))
         (folder / "reviews.pickle").write_bytes(pickled)
-        encoded(data.nete(folder).notes.tolist())
+        written(data.nete(folder, reviews=rng.random() < 0.5))
 
     def document():
-        name, rows, about = rng.choice([("item", shelf, data.product), ("user", people, dict)])
+        name, rows, about = rng.choice([("item", shelf, data.item_attributes), ("user", people, dict)])
         (folder / f"{name}.json").write_bytes(spoiled(rng, json.dumps(hostile(rng, rows)).encode()))
-        found = data.read_list(folder / f"{name}.json", name, about, {})[0]
-        encoded(found if name == "item" else data.habits(found))
+        found = data.read_records(folder / f"{name}.json", name, about, {})[0]
+        encoded(found if name == "item" else data.count_texts(found))
 
     def archive():
         tables = {"data": "1\t2\t3\t881250949\n2\t2\t5\t881250949\n",
                   "genre": "unknown|0\nAction|1\nDrama|2\nSci-Fi|3\n\n",
-                  "item": "2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n", "user": "1|24|M|technician|85711\n2|30|F|other|0\n"}
+                  "item": "2|Matrix, The (1989)|01-Jan-1989||url|0|1|0|1\n",
+                  "user": "1|24|M|technician|85711\n2|30|F|other|0\n"}
         method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
         with zipfile.ZipFile(tmp_path / "f.zip", "w") as files:
             for name, text in tables.items():
@@ -1965,7 +793,7 @@ def fuzz_cases(tmp_path, rng):
                 files.writestr(zipfile.ZipInfo(f"ml-100k/u.{name}"), text, method)
         if rng.random() < 0.6:
             (tmp_path / "f.zip").write_bytes(spoiled(rng, (tmp_path / "f.zip").read_bytes()))
-        json.dumps(data.grouplens(tmp_path / "f.zip"))
+        json.dumps(data.read_grouplens(tmp_path / "f.zip"))
 
     return {"reviews (JSON lines)": read_reviews,
             "items (JSON lines)": lambda: encoded(data.read_items(lines(newer, as_json), wanted, "parent_asin", False)),
@@ -1977,7 +805,7 @@ FUZZ = pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.ma
 
 
 @FUZZ
-def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(cases, tmp_path):
+def test_fuzz_every_reader_ends_in_a_value_or_an_error(cases, tmp_path, capsys):
     """UIP_FAULTS=DIR keeps the counts. Memory grows by little, whatever comes."""
     rng, counts, others, before = random.Random(0), {}, [], data.peak_mb()
     for loader, case in fuzz_cases(tmp_path, rng).items():
@@ -1986,8 +814,9 @@ def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(cases, tmp_path):
             try:
                 case()
                 count["values"] += 1
-            except data.Fault as fault:
-                assert fault.code == 4 and len(str(fault)) < 1000
+            except (ValueError, OSError, data.CommandError) as error:
+                assert type(error) in (ValueError, FileNotFoundError) and str(tmp_path) in str(error)  # a sentence
+                assert len(str(error)) < 1000
                 count["faults"] += 1
             except Exception as error:
                 count["other"] += 1
@@ -1998,6 +827,8 @@ def test_data_fuzz_every_reader_ends_in_a_value_or_a_fault(cases, tmp_path):
     assert data.peak_mb() - before < 300
     assert all(min(count["values"], count["faults"]) > cases / 10 for count in counts.values())
 
+
+# ------------------------------------------------------------------------------------- download, the language model
 
 BODY = bytes(range(256)) * 400
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -2045,15 +876,15 @@ def fetched(path, sha256=None):
 
 
 def refused(path, sha256=None):
-    """The Fault of a download that must fail and leave nothing that could pass for the file."""
-    with pytest.raises(data.Fault) as fault:
+    """The error of a download that must fail and leave nothing that could pass for the file."""
+    with pytest.raises(data.NetworkError) as fault:
         fetched(path, sha256)
     assert fault.value.code == 3 and not path.exists()
     assert all(part in str(fault.value) for part in ("127.0.0.1", "host.invalid/far", str(path)))
     return str(fault.value)
 
 
-def test_data_download_retries_and_asks_nothing_for_a_good_file(server, tmp_path):
+def test_download_retries_and_asks_nothing_for_a_good_file(server, tmp_path):
     server.script = lambda reply, _: reply(500) if len(server.log) < 3 else reply(200, BODY)
     for sha256 in (SHA, None, SHA):
         assert fetched(tmp_path / "sub/f.bin", sha256) == BODY
@@ -2073,7 +904,7 @@ def test_data_download_retries_and_asks_nothing_for_a_good_file(server, tmp_path
     (b"abc", lambda reply, asked: reply(206, BODY[9:], at="9-") if asked else reply(200, BODY),
      ["bytes=3-", None]),  # the server sends another range
     (b"other", ranged, ["bytes=5-", None])])  # of another file
-def test_data_download_resumes_or_begins_anew(server, tmp_path, start, script, ranges):
+def test_download_resumes_or_begins_anew(server, tmp_path, start, script, ranges):
     if start is not None:
         (tmp_path / "f.part").write_bytes(start)
     server.script = script
@@ -2082,12 +913,12 @@ def test_data_download_resumes_or_begins_anew(server, tmp_path, start, script, r
 
 
 @pytest.mark.parametrize("code, requests", [(404, 1), (403, 1), (401, 1), (503, 5), (429, 5)])
-def test_data_download_says_what_failed(server, tmp_path, code, requests):
+def test_download_says_what_failed(server, tmp_path, code, requests):
     server.script = lambda reply, _: reply(code, b"<html>no</html>")
     assert str(code) in refused(tmp_path / "f") and len(server.log) == requests
 
 
-def test_data_download_does_not_retry_on_a_full_disk(tmp_path, monkeypatch):
+def test_download_does_not_retry_on_a_full_disk(tmp_path, monkeypatch):
     asked = []
     def full(source, part):
         asked.append(source)
@@ -2098,27 +929,27 @@ def test_data_download_does_not_retry_on_a_full_disk(tmp_path, monkeypatch):
     assert asked == ["https://a.example/x.gz"]
 
 
-def test_data_download_keeps_no_wrong_file(server, tmp_path):
-    zipped = gzip.compress(BODY)
-    for body, name, says in [(BODY, "f", "sha256"), (b"", "f", "empty"),
-                             (b"\n <!DOCTYPE html>", "f.csv", "web page"),
-                             (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", "f.gz", "web page"),
-                             (zipped[:-20], "f.gz", "gzip"), (zipped[:-8] + bytes(8), "f.gz", "gzip")]:
-        server.script = lambda reply, _: reply(200, body)
-        assert says in refused(tmp_path / name, "0" * 64 if name == "f" else None)
-    assert not list(tmp_path.iterdir())
-    for name, body in (("f.gz", zipped), ("f.xml", b"<?xml?>")):
-        server.script = lambda reply, _: reply(200, body)
+GZIP = gzip.compress(BODY)
+
+
+@pytest.mark.parametrize("body, name, says", [
+    (BODY, "f", "sha256"), (b"", "f", "empty"), (b"\n <!DOCTYPE html>", "f.csv", "web page"),
+    (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", "f.gz", "web page"), (GZIP[:-20], "f.gz", "gzip"),
+    (GZIP[:-8] + bytes(8), "f.gz", "gzip"), (GZIP, "f.gz", None), (b"<?xml?>", "f.xml", None)])
+def test_download_keeps_no_wrong_file(server, tmp_path, body, name, says):
+    server.script = lambda reply, _: reply(200, body)
+    if says:
+        assert says in refused(tmp_path / name, "0" * 64 if name == "f" else None) and not list(tmp_path.iterdir())
+    else:
         assert fetched(tmp_path / name) == body
 
 
-def test_data_download_tries_mirrors_in_order_and_names_them_all(server, tmp_path):
+def test_download_tries_mirrors_in_order_and_names_them_all(server, tmp_path):
     urls = ["https://one.invalid/a/X.jsonl.gz", "https://two.invalid/b/X.jsonl"]
     server.script = lambda reply, _: reply(200, BODY) if server.log[-1][0].endswith("l") else reply(404)
     for _ in range(2):
         assert data.download(urls, tmp_path / "X.jsonl.gz") == tmp_path / "X.jsonl"
     assert [path for path, _ in server.log] == ["/dir/X.jsonl.gz", "/dir/X.jsonl"]
-    assert len(list(tmp_path.iterdir())) == 1
     server.script = lambda reply, _: reply(404)
     done = subprocess.run([sys.executable, data.__file__, "amazon23:X", "--out", str(tmp_path / "o")], text=True,
                           capture_output=True)
@@ -2128,9 +959,9 @@ def test_data_download_tries_mirrors_in_order_and_names_them_all(server, tmp_pat
 
 
 @pytest.mark.parametrize("url, mirror", [("http://h.invalid/f", ""), ("https://h.invalid/f", "ftp://h")])
-def test_data_download_is_https_unless_mirrored(tmp_path, monkeypatch, url, mirror):
+def test_download_is_https_unless_mirrored(tmp_path, monkeypatch, url, mirror):
     monkeypatch.setenv("UIP_MIRROR", mirror)
-    with pytest.raises(data.Fault) as fault:
+    with pytest.raises(data.CommandError) as fault:
         data.download(url, tmp_path / "f")
     assert fault.value.code == 2
 
@@ -2173,11 +1004,11 @@ def fake_pip(monkeypatch):
             for name in ("config.json", "model.safetensors"):
                 (Path(command[-1]) / name).write_text("converted")
 
-    monkeypatch.setattr(data, "patiently", run)
+    monkeypatch.setattr(data, "run_with_progress", run)
     return ran
 
 
-def test_data_lm_from_the_hub_once(fake_hub, fake_pip, tmp_path, capsys):
+def test_lm_from_the_hub_once(fake_hub, fake_pip, tmp_path, capsys):
     source = data.lm(tmp_path / "lm", "some/model")
     assert source == json.loads((tmp_path / "lm/source.json").read_text())
     assert (source["source"], source["name"], source["revision"]) == ("hub", "some/model", "abc123")
@@ -2191,17 +1022,17 @@ def test_data_lm_from_the_hub_once(fake_hub, fake_pip, tmp_path, capsys):
     assert not fake_pip and not (tmp_path / "lm.tmp").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")                         # no folder of ours: left alone
-    with pytest.raises(data.Fault, match="another --out"):
+    with pytest.raises(data.CommandError, match="another --out"):
         data.lm(tmp_path / "mine", "some/model")
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
-def test_data_lm_falls_back_to_the_wheel_for_the_default_only(fake_hub, fake_pip, tmp_path, monkeypatch):
+def test_lm_falls_back_to_the_wheel_for_the_default_only(fake_hub, fake_pip, tmp_path, monkeypatch):
     fake_hub["error"] = ConnectionError("no route")
-    with pytest.raises(data.Fault, match="no route") as fault:
+    with pytest.raises(data.CommandError, match="no route") as fault:
         data.lm(tmp_path / "x", "some/model")
     assert fault.value.code == 3 and not fake_pip
-    with pytest.raises(data.Fault, match="sha256") as fault:
+    with pytest.raises(data.CommandError, match="sha256") as fault:
         data.lm(tmp_path / "x")
     assert fault.value.code == 3 and not any("-c" in command for command in fake_pip)
     assert not list(tmp_path.glob("x*"))
@@ -2215,37 +1046,1601 @@ def test_data_lm_falls_back_to_the_wheel_for_the_default_only(fake_hub, fake_pip
     ("GatedRepoError", 403, 3, "access"), ("RepositoryNotFoundError", 404, 3, "knows no model"),
     ("HfHubHTTPError", 401, 3, "access"), ("HfHubHTTPError", 500, 3, "cannot be had"),
     ("HFValidationError", 0, 2, "not a model name")])
-def test_data_lm_says_why_the_hub_gave_nothing(fake_hub, fake_pip, tmp_path, kind, status, code, says):
+def test_lm_says_why_the_hub_gave_nothing(fake_hub, fake_pip, tmp_path, kind, status, code, says):
     from huggingface_hub import errors
     error = getattr(errors, kind).__new__(getattr(errors, kind), "no")
     error.response = type("Response", (), {"status_code": status})
     fake_hub["error"] = error
-    with pytest.raises(data.Fault, match=says) as fault:
+    with pytest.raises(data.CommandError, match=says) as fault:
         data.lm(tmp_path / "x", "some/model")
     assert fault.value.code == code and not list(tmp_path.glob("x*"))
 
 
-def test_data_failed_command_shows_its_last_lines():
-    data.patiently([sys.executable, "-c", "print('noise')"], "fine", 1)
-    with pytest.raises(data.Fault, match="last words"):
-        data.patiently([sys.executable, "-c", "raise SystemExit('last words')"], "broken", 1)
+def test_failed_command_shows_its_last_lines():
+    data.run_with_progress([sys.executable, "-c", "print('noise')"], "fine", 1)
+    with pytest.raises(data.CommandError, match="last words"):
+        data.run_with_progress([sys.executable, "-c", "raise SystemExit('last words')"], "broken", 1)
 
 
 @pytest.mark.parametrize("words, code", [
-    ("tapestry --out o", 2), ("planted", 2), ("planted --out o --users -3", 2),
-    ("planted --out o --noise 1.5", 2), ("planted --out o --noise nan", 2), ("planted --out o --evidence x", 2),
-    ("planted --out o --use 3", 2), ("amazon14:../X --out o", 2), ("amazon18 --out o", 2), ("amazon23: --out o", 2),
-    ("amazon19:X --out o", 2), ("nete:none --out o", 3),
-    ("planted --out file/o", 3), ("planted --out o --users 5 --k-user 500", 4), ("lm --out file", 2),
-    ("lm --out file/o", 3)])
-def test_data_cli_bad_input_is_one_sentence(tmp_path, words, code):
+    ("tapestry --out o", 2), ("planted", 2), ("planted --out o --users -3", 2), ("planted --out o --users 0", 2),
+    ("planted --out o --noise 1.5", 2), ("planted --out o --noise nan", 2), ("planted --out o --seed x", 2),
+    ("planted --out o --seed 2147483648", 2), ("planted --out o --use 3", 2), ("planted --out o --k-core 3", 2),
+    ("amazon14:../X --out o", 2), ("amazon18 --out o", 2), ("amazon23: --out o", 2), ("amazon19:X --out o", 2),
+    ("amazon14:X --out o --reviews -1", 2), ("nete:none --out o", 4), ("planted --out file/o", 3),
+    ("planted --out file", 3), ("lm --out file", 2), ("lm --out file/o", 3), ("bench", 2)])
+def test_cli_bad_input_is_one_sentence(tmp_path, words, code):
     (tmp_path / "file").write_text("")
     done = subprocess.run([sys.executable, data.__file__, *words.split()], cwd=tmp_path, text=True,
                           capture_output=True, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
     assert done.returncode == code and "Traceback" not in done.stderr and "data.py" in done.stderr
 
 
-# ------------------------------------------------------------------------------------- commands, script and README
+# ==================================================================================================== codebook.py
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def same_partition(a, b):
+    """True if two labellings group their rows in the same way."""
+    pairs = set(zip(torch.as_tensor(a).tolist(), torch.as_tensor(b).tolist()))
+    return len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
+
+
+def call(module, *words):
+    """Runs a command as the shell would: (exit code, standard output, standard error)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            data.run_command(f"{module.__name__}.py", lambda: module.main([str(word) for word in words]))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- k-means
+
+def blobs(n=300, d=7, k=4, spread=0.3, seed=0):
+    g = seeded(seed)
+    which = torch.randint(k, (n,), generator=g)
+    return 3 * torch.randn(k, d, generator=g)[which] + spread * torch.randn(n, d, generator=g), which
+
+
+def naive_lloyd(x, c, iters):
+    """Row by row in float64; an empty code keeps its place (the data below have none)."""
+    x, c, history = x.double(), c.double().clone(), []
+    for _ in range(iters):
+        ids = [min(range(len(c)), key=lambda j: float((row - c[j]).square().sum())) for row in x]
+        history.append(sum(float((row - c[i]).square().sum()) for row, i in zip(x, ids)))
+        c = torch.stack([torch.stack([row for row, i in zip(x, ids) if i == j]).mean(0) for j in range(len(c))])
+    return c, history
+
+
+def test_kmeans_four_points_by_hand():
+    x = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [1.0, 1.0]])
+    # start at rows 0 and 3: {0, 1} is nearer to (0, 0), {2, 3} to (1, 1); means (.25, 0), (.75, 1); 4 · .25² = .25
+    found = kmeans(x, 2, init=x[[0, 3]])
+    assert found.ids.tolist() == [0, 0, 1, 1]
+    assert torch.allclose(found.centroids, torch.tensor([[0.25, 0.0], [0.75, 1.0]]))
+    assert found.inertia == pytest.approx(0.25)
+    assert found.history == pytest.approx([0.5, 0.25])                 # two rows 0.5 off the start, then converged
+    swapped = kmeans(x, 2, init=x[[3, 0]])                             # a warm start keeps its order
+    assert swapped.ids.tolist() == [1, 1, 0, 0]
+    assert kmeans(x, 2).ids.tolist() == [0, 0, 1, 1]                   # equal sizes: first coordinate decides
+
+
+@pytest.mark.parametrize("offset, chunk", [(0.0, 17), (100.0, 17), (0.0, 1), (0.0, 59), (0.0, 60), (0.0, 61)])
+def test_kmeans_equals_naive_loop(offset, chunk, monkeypatch):
+    monkeypatch.setattr(codebook, "rows_per_chunk", lambda x: chunk)
+    x = torch.randn(60, 5, generator=seeded(3)) + offset
+    for k in (3, 8):
+        for iters in (1, 2):
+            c, history = naive_lloyd(x, x[:k], iters)
+            found = kmeans(x, k, n_init=1, iters=iters, init=x[:k])
+            assert torch.allclose(found.centroids.double(), c, atol=3e-5)
+            assert found.history == pytest.approx(history, rel=1e-4)
+            value, ids = torch.cdist(x.double(), found.centroids.double()).square().min(1)
+            assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(value.sum()), rel=1e-5)
+
+
+def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
+    x = torch.randn(500, 6, generator=seeded(1))
+    for seed in range(5):
+        found = kmeans(x, 8, n_init=1, init=x[torch.randperm(500, generator=seeded(seed))[:8]])
+        steps = [*found.history, found.inertia]
+        assert len(steps) > 4 and all(b <= a * (1 + 1e-6) for a, b in zip(steps, steps[1:]))
+    inertia = [kmeans(x, k).inertia for k in (1, 2, 4, 8, 16)]
+    assert inertia == sorted(inertia, reverse=True)
+    assert inertia[0] == pytest.approx(float((x - x.mean(0)).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])                        # without and with a centred copy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kmeans_leaves_its_input_alone(offset, dtype):
+    x = (blobs()[0] + offset).to(dtype)
+    before = x.clone()
+    found = kmeans(x, 4, iters=5)
+    found.centroids.add_(1)
+    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
+
+
+def test_kmeans_few_points_and_bad_input():
+    x = torch.tensor([[0.0], [1.0], [5.0]])
+    exact = kmeans(x, 3)                                               # n == k
+    assert exact.inertia < 1e-9 and sorted(exact.ids.tolist()) == [0, 1, 2]
+    assert exact.centroids.flatten().tolist() == pytest.approx([0, 1, 5], abs=1e-6)
+    five = torch.arange(5.0).repeat(20)[:, None] + 100                 # 5 distinct points, 10 codes
+    found = kmeans(five, 10)
+    assert found.inertia < 1e-6 and found.centroids.isfinite().all()
+    assert len(set(zip(five.flatten().tolist(), found.ids.tolist()))) == 5
+    same = kmeans(torch.full((6, 3), 7.0), 3)
+    assert same.inertia < 1e-9 and torch.allclose(same.centroids, torch.full((3, 3), 7.0))
+    assert len(same.ids.unique()) == 1
+    for bad, k in [(x, 4), (x[:0], 1), (x, 0), (x[:, 0], 1), (x[:, :0], 1)]:
+        with pytest.raises(ValueError, match="k-means needs"):
+            kmeans(bad, k)
+    for options in ({"iters": -1}, {"n_init": 0}, {"init": x}):
+        with pytest.raises(ValueError, match="k-means"):
+            kmeans(x, 2, **options)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="row 1 is the first of 1"):
+            kmeans(torch.tensor([[0.0], [value], [1.0]]), 2)
+    with pytest.raises(ValueError, match="init"):
+        kmeans(x, 2, init=torch.tensor([[0.0], [math.nan]]))
+
+
+def test_kmeans_empty_clusters_relocated_by_hand():
+    x = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    # all rows are nearest to code 0 (at 0): code 1 (at 100) takes row 3, code 0 is left with {0, 1, 2}, mean 1
+    found = kmeans(x, 2, init=torch.tensor([[0.0], [100.0]]), iters=1)
+    assert found.centroids.flatten().tolist() == pytest.approx([1, 10], abs=1e-5)
+    assert found.ids.tolist() == [0, 0, 0, 1] and found.inertia == pytest.approx(2)
+    # two empty codes take two different rows, the farthest first: 10 and 2; code 0 keeps {0, 1}
+    found = kmeans(x, 3, init=torch.tensor([[0.0], [100.0], [200.0]]), iters=1)
+    assert found.centroids.flatten().tolist() == pytest.approx([0.5, 10, 2], abs=1e-5)
+
+
+def test_kmeans_order_and_seed():
+    x, which = blobs(k=5)
+    first = kmeans(x, 5, generator=seeded(0))
+    assert same_partition(first.ids, which)
+    sizes = first.ids.bincount().tolist()
+    assert sizes == sorted(sizes, reverse=True)                        # canonical order: largest first
+    state = torch.random.get_rng_state()
+    other = kmeans(x, 5, generator=seeded(99))                         # another start, the same codes
+    assert torch.equal(first.ids, other.ids) and torch.allclose(first.centroids, other.centroids, atol=1e-4)
+    again = kmeans(x, 5, generator=seeded(0))
+    assert torch.equal(first.centroids, again.centroids) and torch.equal(state, torch.random.get_rng_state())
+    shifted = kmeans(x + 100, 5)
+    assert torch.equal(shifted.ids, first.ids) and shifted.inertia == pytest.approx(first.inertia, rel=1e-3)
+    square = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_kmeans_starts_are_drawn_by_distance_and_the_best_of_ten_counts():
+    x = torch.zeros(1000, 2)
+    x[:3] = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])         # uniform starts would miss these three
+    assert len(codebook.seed_centroids(x, 4, seeded(0)).unique(dim=0)) == 4
+    x, _ = blobs(k=12, d=2, spread=1.0)
+    one, ten = ([kmeans(x, 6, n_init=n, generator=seeded(s)).inertia for s in range(4)] for n in (1, 10))
+    assert all(b <= a for a, b in zip(one, ten)) and sum(ten) < 0.999 * sum(one)
+
+
+@pytest.mark.parametrize("x", [
+    torch.tensor([[5e6], [5e6 + 1], [5e6 + 30], [5e6 + 31]]), blobs()[0] + 3000, blobs()[0].double() + 1e6,
+    torch.tensor([-100.0, 100.0]).repeat(50)[:, None] + 0.01 * torch.randn(100, 8, generator=seeded(0))])
+def test_kmeans_agrees_with_assign_to_the_centroids_returned(x):
+    found = kmeans(x, 2)
+    ids, distances = assign(x, found.centroids)
+    assert torch.equal(found.ids, ids) and found.inertia == float(distances.double().sum())
+    assert len(ids.unique()) == 2
+    exact = torch.cdist(x.double(), found.centroids.double()).square().min(1)
+    assert torch.equal(ids, exact.indices)
+    assert found.inertia == pytest.approx(float(exact.values.sum()), rel=1e-2)
+    if len(x) == 4:
+        assert ids.tolist() == [0, 0, 1, 1]
+
+
+def test_assign_far_from_zero():
+    x = torch.randn(50, 4, generator=seeded(2)) + 3000
+    ids, distance = assign(x, x[:6], chunk=7)
+    exact = torch.cdist(x.double(), x[:6].double()).square().min(1)
+    assert torch.equal(ids, exact.indices) and torch.allclose(distance.double(), exact.values, atol=1e-4)
+
+
+def test_kmeans_does_not_split_what_only_rounding_tells_apart():
+    """Six rows that differ in the last bit, and two groups of such: equal users get equal IDs."""
+    noise = torch.randn(6, 32, generator=seeded(0)) * 1e-7
+    row = torch.randn(32, generator=seeded(1))
+    assert len(kmeans(row + noise, 4).ids.unique()) == 1
+    two = kmeans(torch.cat([row + noise, row + 0.01 + noise]), 4).ids
+    assert len(two[:6].unique()) == len(two[6:].unique()) == 1 and two[0] != two[6]
+    assert len(kmeans((row + noise).double() * torch.linspace(1, 1 + 1e-9, 6)[:, None].double(), 3).ids.unique()) == 3
+
+
+def test_vq_collapses_where_kmeans_does_not():
+    g = seeded(0)
+    which = torch.randint(4, (400,), generator=g)
+    common = torch.randn(576, generator=g) / 576 ** 0.5 * 2.5          # norm ≈ 2.5, the groups ≈ 1 around it
+    x = common + (torch.randn(4, 576, generator=g)[which] + 0.3 * torch.randn(400, 576, generator=g)) / 24
+    for seed in range(2):
+        trained = vq(x, 4, steps=200, generator=seeded(seed))
+        assert perplexity(trained.ids, 4) < 1.5
+        assert trained.history[-1] < 0.7 * trained.history[0]          # it did train
+    found = kmeans(x, 4)
+    assert perplexity(found.ids, 4) > 3.5 and same_partition(found.ids, which)
+    start = vq(x, 4, steps=0).centroids
+    assert 0.24 < float(start.max()) <= 0.25 and -0.25 <= float(start.min()) < -0.24
+    apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
+    assert vq(apart, 2, steps=1500, generator=seeded(3)).inertia < 0.01 * len(apart)
+
+
+def test_perplexity_by_hand():
+    assert perplexity(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(4)
+    assert perplexity([2, 2], 4) == pytest.approx(1)
+    assert perplexity(np.array([0, 0, 0, 1]),
+                      3) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+
+# ------------------------------------------------------------------------------------ sums over texts and rows
+
+def random_csr(rng, rows=40, texts=9, most=4):
+    size = rng.integers(0, most + 1, rows)
+    return torch.from_numpy(np.append(0, size.cumsum())), torch.from_numpy(rng.integers(0, texts, size.sum()))
+
+
+def test_sums_and_selections_of_texts_equal_loops():
+    rng = np.random.default_rng(0)
+    indptr, text = random_csr(rng)
+    value = torch.randn(9, 3, dtype=torch.float64, generator=seeded(0))
+    lists = [text[a:b].tolist() for a, b in zip(indptr, indptr[1:])]
+    want = [sum((value[t] for t in row), torch.zeros(3, dtype=torch.float64)) for row in lists]
+    assert torch.allclose(codebook.sum_texts(indptr, text, value), torch.stack(want))
+    assert codebook.sum_texts(torch.zeros(3, dtype=torch.long), text[:0], value).tolist() == [[0.0] * 3] * 2
+    keep = torch.tensor([True, False, True, True, False, True, True, False, True])
+    pointer, kept = codebook.select_texts(indptr, text, keep)
+    assert [kept[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [[t for t in row if keep[t]] for row in lists]
+    group = torch.from_numpy(rng.integers(0, 7, 40))
+    pointer, grouped = codebook.group_texts(indptr, text, group, 8)
+    assert [grouped[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [
+        [t for row, g in zip(lists, group.tolist()) if g == one for t in row] for one in range(8)]
+    rows = torch.from_numpy(np.flatnonzero(rng.random(40) < 0.5))
+    pointer, kept = codebook.select_rows(indptr, text, rows)
+    assert [kept[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [lists[r] for r in rows.tolist()]
+
+
+def test_sums_before_by_hand_and_against_a_loop():
+    z, user = torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.tensor([0, 0, 0, 1])
+    assert codebook.sums_before(z, user, torch.tensor([0, 1, 2, 0])).flatten().tolist() == [0, 1, 3, 0]
+    assert codebook.sums_before(z, user, torch.tensor([3, 0, 3, 1])).flatten().tolist() == [7, 0, 7, 8]
+    rng = np.random.default_rng(1)
+    user = torch.from_numpy(np.sort(rng.integers(0, 12, 60)))
+    z = torch.randn(60, 4, dtype=torch.float64, generator=seeded(1))
+    first = [user.tolist().index(u) for u in user.tolist()]
+    seen = torch.tensor([rng.integers(0, (user == u).sum() + 1) for u in user])
+    want = torch.stack([z[a:a + s].sum(0) for a, s in zip(first, seen.tolist())])
+    assert torch.allclose(codebook.sums_before(z, user, seen), want)
+
+
+def test_split_halves_by_hand_and_against_a_loop():
+    # user 0 meets items 5, 7, 9: A, B, A, and the second row of 5 goes where 5 is; every user starts with A
+    user, item = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3]), torch.tensor([5, 7, 5, 9, 7, 7, 3, 9, 7, 5])
+    assert codebook.split_halves(user, item).int().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    rng = np.random.default_rng(2)
+    user, item = np.sort(rng.integers(0, 15, 200)), rng.integers(0, 6, 200)
+    want, half = [], {}
+    for u, i in zip(user.tolist(), item.tolist()):
+        mine = half.setdefault(u, {})
+        want.append(mine.setdefault(i, len(mine) % 2 == 1))
+    found = codebook.split_halves(torch.from_numpy(user), torch.from_numpy(item)).tolist()
+    assert found == want
+    sides = {(u, i): {h for v, j, h in zip(user, item, found) if (v, j) == (u, i)} for u, i in zip(user, item)}
+    assert all(len(side) == 1 for side in sides.values())
+
+
+def test_bag_of_words_is_a_sum_of_one_fixed_direction_per_word():
+    value, count = codebook.bag_of_words(["red fishing rod", "Rod", "", "red", "rod red  FISHING rod"], 64)
+    again, _ = codebook.bag_of_words(["fishing", "rod red fishing"], 64)
+    assert count.tolist() == [3, 1, 0, 1, 4] and value.shape == (5, 64) and value.dtype == np.float32
+    assert np.allclose(value[0], value[1] + value[3] + again[0], atol=1e-5)
+    assert np.allclose(value[0], again[1], atol=1e-5)
+    assert np.allclose(value[4], value[0] + value[1], atol=1e-5) and not value[2].any()
+    wide = codebook.bag_of_words([f"word{i}" for i in range(50)], 4096)[0]
+    similarity = wide @ wide.T / 4096
+    assert np.allclose(similarity, np.eye(50), atol=0.15)              # another word, an unrelated direction
+
+
+# ----------------------------------------------------------------------------------------- directions and mixture
+
+def planted_evidence(users=1200, d=14, q=2, seed=0, signal=1.0):
+    """Rows of users drawn from a known mixture in a subspace, under strong noise that everybody shares.
+
+    A text of weight w has the value w (common + B θ_u) + √w e, with e ~ N(0, C): C is 4 I outside the subspace and
+    0.5 I inside. → evidence, user, item, and the truth.
+    """
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    B, rest = basis[:, :q], basis[:, q:]
+    pi, mu, spread = np.array([0.5, 0.3, 0.2]), np.array([[2.0, 0.0], [-1.5, 1.5], [-1.0, -2.0]]), 0.09
+    code = rng.choice(3, users, p=pi)
+    theta = signal * (mu[code] + rng.normal(size=(users, q)) * spread ** 0.5)
+    rows = rng.integers(4, 24, users)
+    rows[:3] = [0, 1, 2]                                               # a user without rows, and two of few
+    user = np.repeat(np.arange(users), rows)
+    R = len(user)
+    weight = rng.integers(1, 4, R).astype(np.float32)
+    common = rng.normal(size=d) * 3
+    noise = rng.normal(size=(R, q)) @ B.T * 0.5 ** 0.5 + rng.normal(size=(R, d - q)) @ rest.T * 2
+    value = weight[:, None] * (common + theta[user] @ B.T) + weight[:, None] ** 0.5 * noise
+    item = torch.arange(R)                                             # nobody shares an item
+    evidence = Evidence(torch.arange(R + 1), torch.arange(R), torch.from_numpy(value.astype(np.float32)),
+                        torch.from_numpy(weight))
+    truth = {"B": torch.from_numpy(B), "common": torch.from_numpy(common), "pi": torch.from_numpy(pi),
+             "theta": torch.from_numpy(theta), "code": torch.from_numpy(code)}
+    return evidence, torch.from_numpy(user), item, truth
+
+
+def test_fit_codebook_recovers_subspace_mixture_and_codes():
+    evidence, user, item, truth = planted_evidence()
+    book, z, n = codebook.fit_codebook(evidence, user, item, 1200, 3)
+    v, B = book.directions, truth["B"]
+    assert v.shape == (14, 2) and book.eigenvalues[1] > 3 * book.chance > 0 and book.eigenvalues[2] < 1.5 * book.chance
+    cosines = torch.linalg.svdvals(torch.linalg.qr(v).Q.T @ B)         # of the principal angles
+    assert float(cosines.min()) > 0.995
+    theta = truth["common"] + truth["theta"] @ B.T - book.mean         # what each user's mean measures, without noise
+    centre = torch.stack([theta[truth["code"] == k].mean(0) for k in range(3)]) @ v
+    scale = (book.mu - book.mu.mean(0)).abs().amax(0)
+    assert float(((book.mu - centre) / scale).abs().max()) < 0.05      # codes come in the order of their size
+    share = torch.bincount(truth["code"][n > 0], minlength=3).double() / (n > 0).sum()
+    assert torch.allclose(book.pi, share, atol=0.01) and float(book.pi.sum()) == pytest.approx(1)
+    assert torch.allclose(book.prior, (theta @ v)[n > 0].square().mean(0), rtol=0.1)
+    C = 4 * torch.eye(14, dtype=torch.float64) - 3.5 * B @ B.T
+    assert torch.allclose(book.noise, (v.T @ C @ v).diagonal(), rtol=0.1)
+    assert len(book.history) > 1 and all(b >= a - 1e-6 for a, b in zip(book.history, book.history[1:]))
+    r = codebook.responsibilities(book, z, n)
+    many = n > 12
+    assert float((r.argmax(1) == truth["code"])[many].double().mean()) > 0.99
+    assert r[0].tolist() == pytest.approx(book.pi.tolist()) and n[0] == 0           # no row: the prior
+    sums = [(book.project(evidence.value, evidence.weight)[user == u]).sum(0) for u in range(5)]
+    assert torch.allclose(z[:5], torch.stack(sums))
+    assert n[:5].tolist() == [float(evidence.weight[user == u].sum()) for u in range(5)]
+
+
+def test_fit_codebook_takes_the_halves_of_paired_users_as_a_loop_does():
+    """Users with one row or none take no part in the directions; directions, noise and mean equal a loop's."""
+    evidence, user, item, _ = planted_evidence(users=60, seed=1)
+    book, _, _ = codebook.fit_codebook(evidence, user, item, 60, 3)
+    mean = evidence.value.double().sum(0) / evidence.weight.double().sum()
+    assert torch.allclose(book.mean, mean)
+    half, centred = codebook.split_halves(user, item), evidence.value.double() - evidence.weight.double()[:,
+        None] * mean
+    sums, weights = [], []
+    for u in range(60):
+        sides = [(user == u) & (half == side) for side in (False, True)]
+        if all(side.any() for side in sides):
+            sums.append([centred[side].sum(0) for side in sides])
+            weights.append([evidence.weight[side].double().sum() for side in sides])
+    assert len(sums) == 58
+    (a, b), (n_a, n_b) = (torch.stack(list(side)) for side in zip(*sums)), (torch.stack(side) for side in zip(*weights))
+    v, eigenvalues, chance = codebook.find_directions(a, n_a, b, n_b)
+    assert torch.allclose(eigenvalues, book.eigenvalues, atol=1e-5) and chance == pytest.approx(book.chance, rel=1e-4)
+    assert float(torch.linalg.svdvals(torch.linalg.qr(v).Q.T @ torch.linalg.qr(book.directions).Q).min()) > 0.9999
+    gap = (a / n_a[:, None] - b / n_b[:, None]) @ book.directions
+    assert torch.allclose(book.noise, (gap.square() * (n_a * n_b / (n_a + n_b))[:, None]).mean(0), rtol=1e-4)
+
+
+def test_halves_of_different_users_agree_in_no_direction():
+    for seed in range(4):
+        g = seeded(seed)
+        theta = 3 * torch.randn(300, 6, generator=g)
+        a, b = (theta + torch.randn(300, 6, generator=g) for _ in range(2))
+        own, eigenvalues, chance = codebook.find_directions(a, torch.ones(300), b, torch.ones(300))
+        assert own.shape == (6, 6) and eigenvalues[5] > 2 * chance
+        strange = b[torch.randperm(300, generator=g)]
+        v, eigenvalues, chance = codebook.find_directions(a, torch.ones(300), strange, torch.ones(300))
+        assert v.shape == (6, 1) and eigenvalues[0] < 1.2 * chance
+
+
+def test_unrelated_evidence_has_no_direction_above_chance():
+    for seed in range(3):
+        evidence, user, item, _ = planted_evidence(users=300, seed=seed, signal=0.0)
+        book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
+        assert book.directions.shape[1] == 1 and book.eigenvalues[0] < 1.3 * book.chance
+
+
+def test_an_item_bought_twice_is_no_evidence_of_the_user():
+    """Each user has two rows of each item, and an item's text tells nothing of its user: if the two rows fell into
+    different halves, the halves would share a text and agree."""
+    rng = np.random.default_rng(0)
+    user = torch.arange(300).repeat_interleave(8)
+    item = torch.from_numpy(np.stack([rng.choice(50, 4, replace=False).repeat(2) for _ in range(300)]).ravel())
+    value = torch.randn(50, 10, generator=seeded(0)) * 3
+    evidence = Evidence(torch.arange(2401), item, value, torch.ones(50))
+    book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
+    assert book.directions.shape[1] == 1 and book.eigenvalues[0] < 1.3 * book.chance
+    # as if each row were an item of its own
+    torn, _, _ = codebook.fit_codebook(evidence, user, torch.arange(2400), 300, 3)
+    assert torn.eigenvalues[0] > 3 * torn.chance and torn.directions.shape[1] > 5
+
+
+def random_book(k=4, q=3, seed=0):
+    g = seeded(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    blank = torch.zeros(0, dtype=torch.float64)
+    return Codebook(mean=blank, directions=torch.zeros(5, q, dtype=torch.float64), noise=draw(q).exp(),
+                    prior=draw(q).exp() + 1,
+                    pi=draw(k).softmax(0), mu=2 * draw(k, q), spread=0.3 * draw(q).exp(), eigenvalues=blank, chance=0.0,
+                    history=[])
+
+
+def gaussian_sample(noise, prior, users=400, seed=0):
+    """Sums z [users, q] of θ ~ N(0, prior), measured with noise / n, and n; without θ_u itself."""
+    rng = np.random.default_rng(seed)
+    n = torch.from_numpy(rng.integers(1, 30, users).astype(float))
+    theta, error = (torch.from_numpy(rng.normal(size=(users, len(noise)))) for _ in range(2))
+    return n[:, None] * (theta * prior.sqrt() + error * (noise / n[:, None]).sqrt()), n
+
+
+def test_posterior_equals_bayes_rule():
+    book = random_book()
+    z, n = gaussian_sample(book.noise, book.prior, 20)
+    mean, variance = codebook.posterior(z, n, book.noise, book.prior)
+    theta = torch.linspace(-30, 30, 60001, dtype=torch.float64)        # prior × likelihood on a grid
+    for u in range(20):
+        for j in range(3):
+            log = -theta.square() / (2 * book.prior[j]) - n[u] * (z[u, j] / n[u] - theta).square() / (2 * book.noise[j])
+            p = log.softmax(0)
+            assert float(mean[u, j]) == pytest.approx(float(p @ theta), abs=1e-6)
+            assert float(variance[u, j]) == pytest.approx(float(p @ (theta - p @ theta).square()), rel=1e-4)
+    flat, error = codebook.posterior(z, n, book.noise, torch.full((3,), math.inf, dtype=torch.float64))
+    assert torch.allclose(flat, z / n[:, None]) and torch.allclose(error, book.noise / n[:, None])
+
+
+def test_em_for_the_prior_climbs_to_the_top_of_the_likelihood():
+    noise, prior = torch.tensor([4.0, 1.0, 9.0], dtype=torch.float64), torch.tensor([1.0, 0.2, 3.0],
+        dtype=torch.float64)
+    z, n = gaussian_sample(noise, prior, 3000)
+    found, history = codebook.learn_prior(z, n, noise)
+    assert len(history) > 3 and all(b >= a - 1e-9 * abs(a) for a, b in zip(history, history[1:]))    # never falls
+    assert torch.allclose(found, prior, rtol=0.15)
+    likelihood = lambda T: float(torch.distributions.Normal(0,
+                                                            (T + noise / n[:, None]).sqrt()).log_prob(z / n[:,
+                                                                None]).sum())
+    assert history[-1] == pytest.approx(likelihood(found), abs=0.1)
+    assert all(likelihood(found * factor) < history[-1] for factor in (0.9, 1.1))
+    nothing, _ = codebook.learn_prior(*gaussian_sample(noise, 0 * prior, 3000), noise)
+    assert (nothing < 0.02 * noise).all()                              # noise alone is not taken for users
+
+
+def test_responsibilities_equal_bayes_rule():
+    book = random_book()
+    z, n = gaussian_sample(book.noise, book.prior, 30)
+    n[4] = 0
+    want = torch.zeros(30, 4, dtype=torch.float64)
+    for u in range(30):
+        for k in range(4):
+            want[u, k] = float(book.pi[k]) if n[u] == 0 else 1.0
+            for j in range(3):
+                if n[u] > 0:
+                    # posterior variance
+                    left = 1 / (1 / float(book.prior[j]) + float(n[u]) / float(book.noise[j]))
+                    gap = left * float(z[u, j]) / float(book.noise[j]) - float(book.mu[k, j])
+                    variance = float(book.spread[j]) + left
+                    want[u, k] *= math.exp(-gap ** 2 / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+    found = codebook.responsibilities(book, z, n)
+    assert torch.allclose(found, want / want.sum(1, keepdim=True), atol=1e-9)
+    assert torch.equal(found[4], book.pi)
+
+
+def test_codes_are_those_of_kmeans_on_the_posterior_means():
+    noise = torch.full((3,), 1e-6, dtype=torch.float64)                # equal noise and tiny spread
+    x, n = torch.randn(300, 3, generator=seeded(0), dtype=torch.float64), torch.full((300,), 7.0, dtype=torch.float64)
+    book = random_book(k=5)._replace(noise=noise, prior=torch.ones(3, dtype=torch.float64))
+    mean = codebook.posterior(x * 7, n, noise, book.prior)[0]
+    found, fitted = kmeans(mean, 5), codebook.fit_codes(book, x * 7, n, 5)
+    assert torch.equal(fitted.mu, found.centroids.double())
+    assert torch.allclose(fitted.pi, found.ids.bincount().double() / 300)
+    assert torch.allclose(fitted.spread, (mean - fitted.mu[found.ids]).square().mean(0))
+    equal = fitted._replace(spread=noise)
+    assert torch.equal(codebook.responsibilities(equal, x * 7, n).argmax(1), found.ids)
+    # who tells little is shrunk
+    few = torch.from_numpy(np.random.default_rng(0).integers(1, 30, 300).astype(float))
+    wide = book._replace(noise=torch.full((3,), 9.0, dtype=torch.float64))
+    fitted = codebook.fit_codes(wide, x * few[:, None], few, 5)
+    shrunk = x * (few / (few + 9))[:, None]
+    assert torch.allclose(fitted.mu, kmeans(shrunk, 5).centroids.double(), atol=1e-5)
+
+
+def test_without_leaves_parts_out(monkeypatch):
+    evidence, user, item, _ = planted_evidence(users=200, seed=2)
+    calls = []
+    for name in ("kmeans", "vq"):
+        real = getattr(codebook, name)
+        monkeypatch.setattr(codebook, name, lambda *args, real=real, name=name, **how: calls.append(name)
+                            or real(*args, **how))
+    fit = lambda without, **how: codebook.fit_codebook(evidence, user, item, 200, 3, without=without, **how)
+    (full, z, n), (em, *_), (quantised, *_) = fit(""), fit("em"), fit("kmeans")
+    assert calls == ["kmeans", "kmeans", "vq"] and len(full.history) > 1 and full.history == quantised.history
+    assert torch.equal(full.directions, em.directions) and em.history == [] and em.prior.isinf().all()
+    raw = (z / n[:, None])[n > 0]                                      # without EM: k-means of what is not shrunk
+    assert torch.allclose(em.mu, kmeans(raw, 3).centroids.double(), atol=1e-6)
+    assert not torch.allclose(em.mu, full.mu, atol=1e-6)
+    signal = fit("signal", directions=4)[0]                               # principal components instead
+    centred = evidence.value.double() - evidence.weight.double()[:, None] * full.mean
+    vectors = torch.linalg.svd(centred, full_matrices=False).Vh[:4].T
+    assert signal.chance == 0
+    assert torch.allclose((vectors.T @ signal.directions).abs(), torch.eye(4, dtype=torch.float64), atol=1e-6)
+
+
+def test_fit_codebook_edges():
+    evidence, user, item, _ = planted_evidence(users=20, seed=3)
+    # more codes than users; three more users without rows
+    book, _, n = codebook.fit_codebook(evidence, user, item, 23, 64)
+    assert len(book.pi) == int((n > 0).sum()) == 19 and n[-3:].tolist() == [0, 0, 0]
+    assert book.directions.isfinite().all()
+    with pytest.raises(ValueError, match="no user has evidence"):
+        codebook.fit_codebook(evidence._replace(indptr=torch.zeros_like(evidence.indptr), text=evidence.text[:0]), user,
+                              item, 20, 3)
+    # nobody has two halves: the kit still gives codes
+    one = [user.tolist().index(u) for u in user.unique().tolist()]
+    single = codebook.select_rows(evidence.indptr, evidence.text, torch.tensor(one))
+    book, z, n = codebook.fit_codebook(evidence._replace(indptr=single[0], text=single[1]), user[one], item[one], 20, 3)
+    assert len(book.pi) == 3 and z.isfinite().all() and book.mu.isfinite().all() and book.noise.gt(0).all()
+
+
+def test_equal_users_get_equal_ids_and_order_of_codes_is_that_of_pi():
+    evidence, user, item, _ = planted_evidence(users=100, seed=4)
+    twice = evidence._replace(indptr=torch.arange(2 * len(user) + 1), text=torch.cat([evidence.text, evidence.text]))
+    book, z, n = codebook.fit_codebook(twice, torch.cat([user, user + 100]), torch.cat([item, item]), 200, 5)
+    ids = codebook.responsibilities(book, z, n).argmax(1)
+    assert torch.equal(ids[:100], ids[100:]) and book.pi.tolist() == sorted(book.pi.tolist(), reverse=True)
+
+
+def test_explained_variance_is_that_of_heldout_users_and_bends_at_the_true_number_of_codes():
+    corners = torch.tensor([[a, b, 0.0] for a in (-3, 3) for b in (-3, 3)], dtype=torch.float64)
+    book = random_book()._replace(noise=torch.ones(3, dtype=torch.float64),
+                                  prior=torch.tensor([9, 9, 0.1], dtype=torch.float64))
+    rng = np.random.default_rng(0)
+    n = torch.from_numpy(rng.integers(10, 30, 800).astype(float))
+    theta = corners[rng.integers(0, 4, 800)] + 0.3 * torch.from_numpy(rng.normal(size=(800, 3)))
+    z = n[:, None] * theta + n[:, None].sqrt() * torch.from_numpy(rng.normal(size=(800, 3)))
+    blank = torch.zeros(50, 3, dtype=torch.float64)                    # users without evidence take no part
+    found = codebook.explained_variance(book, torch.cat([z, blank]), torch.cat([n, blank[:, 0]]), (2, 4, 16, 700))
+    # 700: too few users
+    assert list(found) == [2, 4, 16] and found[2] < 0.6 < 0.95 < found[4] < found[16] < 1
+    held, mean = torch.arange(800) % 5 == 0, codebook.posterior(z, n, book.noise, book.prior)[0]
+    squares = assign(mean[held], kmeans(mean[~held], 4).centroids)[1].sum()
+    assert found[4] == pytest.approx(1 - float(squares / (mean[held] - mean[held].mean(0)).square().sum()), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- bank
+
+def make_bank(folder, n=2000, **how):
+    users = [f"user{i}" for i in range(n)]
+    codes = np.random.default_rng(0).integers(1, 5, (n, 2))
+    return Bank.build(folder, users, codes, {"names": ["hobby", "life_stage"], "lm": "tiny"}, **how), users, codes
+
+
+def test_bank_round_trip(tmp_path):
+    chance = np.random.default_rng(2).random((2000, 2))
+    bank, users, codes = make_bank(tmp_path / "bank", probability=chance, codebook={"mu_0": np.eye(2)})
+    order = np.random.default_rng(1).permutation(len(users))
+    asked = [users[i] for i in order]
+    assert (bank.lookup(asked) == codes[order]).all()
+    assert np.abs(bank.probability(asked) - chance[order]).max() <= 0.5 / 255 + 1e-6
+    assert bank.lookup("nobody").tolist() == [[0, 0]] == bank.probability("nobody").tolist()
+    assert bank.lookup([]).shape == (0, 2) == bank.probability([]).shape
+    assert bank.lookup(["nobody", "user3"]).tolist() == [[0, 0], codes[3].tolist()]
+    assert bank.codes.dtype == bank.sure.dtype == np.uint8 and bank.meta["names"] == ["hobby", "life_stage"]
+    size = sum(os.path.getsize(bank.folder / name) for name in ("keys.npy", "codes.npy", "sure.npy"))
+    assert size / len(users) <= 16 and bank.meta["sizes"] == [4, 4]
+    assert np.load(bank.folder / "codebook.npz")["mu_0"].tolist() == np.eye(2).tolist()
+    bank.verify()
+    numbers = Bank.build(tmp_path / "ints", np.arange(5, 300), np.arange(1, 296)[:, None])
+    assert numbers.codes.dtype == np.uint16 and numbers.probability([7]).tolist() == [[1]]
+    assert numbers.lookup(np.array([299, 4, 5])).flatten().tolist() == [295, 0, 1]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["bank", "ints"]             # nothing half-written stays
+
+
+def test_bank_takes_any_iterable_of_ids_and_short_lists_agree_with_long(tmp_path):
+    bank, users, codes = make_bank(tmp_path / "bank")
+    asked = ["user7", "nobody", "user1999", "", "user0"]
+    want = [codes[7].tolist(), [0, 0], codes[1999].tolist(), [0, 0], codes[0].tolist()]
+    array = np.array(asked)
+    for given in (asked, tuple(asked), dict.fromkeys(asked).keys(), (one for one in asked), iter(asked), array,
+                  np.array(asked, ">U40"), np.array(asked, object), list(array), np.array(asked + asked)[:5]):
+        assert bank.lookup(given).tolist() == want
+    assert bank.lookup(asked * 5).tolist() == want * 5                 # more than eight ids go another way
+    assert [bank.lookup(one).tolist()[0] for one in asked] == want == [bank.lookup([one]).tolist()[0] for one in asked]
+    numbers = Bank.build(tmp_path / "ints", [5, "6", 2**64], [[1], [2], [3]])
+    for given in ([5, 6, 2**64, 7], ["5", 6, f"{2**64}", 7], [np.int64(5), np.int32(6), 2**64, "7"]):
+        assert numbers.lookup(given).flatten().tolist() == [1, 2, 3, 0]
+    assert numbers.lookup(range(4, 7)).flatten().tolist() == [0, 1,
+                                                              2] == numbers.lookup(np.arange(4, 7,
+                                                                  dtype=np.uint8)).flatten().tolist()
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], ["a", 1.0], ["a", math.nan], [None, "a"], ["a", None], [True, False],
+                                 ["a", True],
+                                 [b"a", b"b"], [b"a", "b"], np.array([1.0, 2.0]), np.array(["a", None], object),
+                                 np.array(["a", 1.5], object), [["a", "b"], ["c", "d"]], np.array([["a"], ["b"]]),
+                                 [3, 4.0]])
+def test_bank_refuses_ids_that_are_no_texts_or_whole_numbers_in_build_and_lookup_alike(bad, tmp_path):
+    bank = Bank.build(tmp_path / "bank", ["a", "b"], [[1], [2]])
+    for given in (bad, bad if isinstance(bad, np.ndarray) else tuple(bad), bad if isinstance(bad, np.ndarray)
+                  else iter(bad)):
+        with pytest.raises(ValueError, match="user ids"):
+            bank.lookup(given)
+    with pytest.raises(ValueError, match="user ids"):
+        Bank.build(tmp_path / "other", bad, [[1], [2]])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 100_000])
+def test_bank_find_keys_equals_searchsorted(n):
+    rng = np.random.default_rng(n)
+    low = rng.integers(0, 1000 + n, n).astype(np.uint64)               # far from uniform: the full search has to help
+    for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), low, ~low, low + np.uint64(2**63)):
+        keys = np.unique(keys)
+        near = np.concatenate([keys, keys + np.uint64(1), keys - np.uint64(1), rng.integers(0, 2**64, n, np.uint64)])
+        row = codebook.find_keys(keys, near)
+        assert ((keys[row] == near) == np.isin(near, keys)).all()
+        there = np.isin(near, keys)
+        assert (row[there] == keys.searchsorted(near[there])).all()
+
+
+def test_bank_hash_of_users():
+    # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
+    assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
+    names = ["", "a", "ab", "ünï", "日本語", "x" * 33, "A1B2C3", "-7"]
+    assert hash_users(names).tolist() == [hash_user(name) for name in names]
+    for kind in ("<U33", ">U50", "<U200"):
+        assert (hash_users(np.array(names, kind)) == hash_users(names)).all()
+    assert (hash_users(np.array(names * 2)[::2]) == hash_users((names * 2)[::2])).all()
+    assert (hash_users(np.array([7, -12, 10**12])) == hash_users(["7", "-12", str(10**12)])).all()
+    assert len(np.unique(hash_users(np.arange(10**5)))) == 10**5 and hash_users([]).shape == (0,)
+
+
+def test_bank_refuses_bad_input(tmp_path, monkeypatch):
+    one = np.ones((2, 1), int)
+    with pytest.raises(ValueError, match="'b' and 'b' are the same"):
+        Bank.build(tmp_path / "bank", ["a", "b", "b"], np.ones((3, 1), int))
+    for users, codes in [([], np.zeros((0, 2), int)), (["a"], one), (["a", "b"], one * 70000), (["a", "b"], -one),
+                         (["a", "b"], one * 0.5), (["a", "b"], one[:, 0])]:
+        with pytest.raises(ValueError):
+            Bank.build(tmp_path / "bank", users, codes)
+    with pytest.raises(ValueError, match="names"):
+        Bank.build(tmp_path / "bank", ["a", "b"], one, {"names": ["hobby", "background"]})
+    with pytest.raises(ValueError, match="probabilit"):
+        Bank.build(tmp_path / "bank", ["a", "b"], one, probability=[0.5, 0.5])
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("keep")
+    with pytest.raises(ValueError, match="is not a bank"):
+        Bank.build(tmp_path / "home", ["a", "b"], one)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "keep"
+    monkeypatch.setattr(codebook, "hash_users", lambda users: np.full(len(users), 9, np.uint64))
+    with pytest.raises(ValueError, match="'a' and 'b' have the same hash"):
+        Bank.build(tmp_path / "bank", ["a", "b"], one)
+    assert not (tmp_path / "bank").exists()
+    with pytest.raises(FileNotFoundError, match="is not a bank"):
+        Bank.open(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "codes.npy", "sure.npy", "codebook.npz", "meta.json"])
+def test_bank_refuses_damage(tmp_path, name):
+    bank, *_ = make_bank(tmp_path / "bank")
+    path = bank.folder / name
+    good = path.read_bytes()
+    middle = good.index(b"sample") if name == "meta.json" else len(good) // 2
+    altered = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
+    for bad in (good[:-2], good[:len(good) // 2], altered, b""):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged bank"):
+            Bank.open(bank.folder)
+    path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="bank"):
+        Bank.open(bank.folder)
+
+
+def test_bank_version_large_files_and_replacement(tmp_path, monkeypatch):
+    bank, users, codes = make_bank(tmp_path / "bank")
+    path = bank.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"version": 1}))
+    with pytest.raises(ValueError, match="version is 1"):
+        Bank.open(bank.folder)
+    real = codebook.file_hash                                          # now these files count as large: 64 × 16 bytes
+    monkeypatch.setattr(codebook, "file_hash", lambda path, sample=False: real(path, sample, 16))
+    Bank.build(bank.folder, users[:1500], codes[:1500])                # replaces the damaged bank
+    bank = Bank.open(bank.folder)
+    assert len(bank.keys) == 1500 and bank.lookup(users[1600]).tolist() == [[0, 0]]
+    raw = bytearray((bank.folder / "keys.npy").read_bytes())
+    raw[-1] ^= 1                                                       # the last block is always in the sample
+    (bank.folder / "keys.npy").write_bytes(raw)
+    with pytest.raises(ValueError, match="altered"):
+        Bank.open(bank.folder)
+    raw[-1] ^= 1
+    raw[1000] ^= 1                                                     # between two blocks: only verify() sees it
+    (bank.folder / "keys.npy").write_bytes(raw)
+    with pytest.raises(ValueError, match="altered"):
+        Bank.open(bank.folder).verify()
+
+
+def test_bank_is_replaced_while_readers_look(tmp_path):
+    """Readers see one of the two banks, whole, and a bank that is open stays as it was."""
+    folder = tmp_path / "bank"
+    held = Bank.build(folder, ["a", "b"], [[1], [1]])
+    stop, seen, errors = threading.Event(), set(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                seen.add(tuple(Bank.open(folder).lookup(["a", "b"]).flatten().tolist()))
+            except Exception as error:                                 # any error at all is the failure looked for
+                errors.append(error)
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(30):
+        Bank.build(folder, ["a", "b"], [[turn % 2 + 1]] * 2)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not errors and seen <= {(1, 1), (2, 2)} and len(seen) == 2
+    assert held.lookup(["a", "b"]).tolist() == [[1], [1]]
+    assert [p.name for p in tmp_path.iterdir()] == ["bank"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_bank_survives_a_kill_before_and_between_its_two_renames(tmp_path, renames):
+    folder = tmp_path / "bank"
+    Bank.build(folder, ["a"], [[1]])
+    child = os.fork()
+    if not child:                                                      # dies by SIGKILL at its rename number `renames`
+        real, count = codebook.Path.rename, [0]
+
+        def rename(self, target):
+            if count[0] == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return real(self, target)
+        codebook.Path.rename = rename
+        Bank.build(folder, ["a"], [[2]])
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert folder.exists() == (renames == 0)
+    bank = Bank.open(folder)                                           # between the renames the old bank still serves
+    assert bank.lookup("a").tolist() == [[1]]
+    bank.verify()
+    assert Bank.build(folder, ["a"], [[3]]).lookup("a").tolist() == [[3]]
+    assert Bank.open(folder).lookup("a").tolist() == [[3]] and [p.name for p in tmp_path.iterdir()] == ["bank"]
+
+
+# ------------------------------------------------------------------------------------------ folders and commands
+
+BANK_LAYOUT = {"profiles": {"hobby": "The user's hobby is", "life_stage": "The user's stage of life is"},
+          "kinds": {"title": {"lead": "bought a", "view": ["hobby"]}, "brand": {"lead": "by", "view": ["life_stage"]}}}
+HOBBY, STAGE = [0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1]
+
+
+def tiny_folders(tmp_path):
+    """Six users of two training rows, a valid and a test row. Hobby 0 fishes, 1 sews; the brand is the stage."""
+    titles, brands = ["carp rod", "yarn | wool"], ["Kid", "Elder"]
+    items = [{"title": titles[h], "category": None, "brand": brands[s], "price": 10.0 + 90 * s} for h in (0, 1)
+             for s in (0, 1)]
+    items += [{"title": "gift", "category": None, "brand": "Kid", "price": None},
+              {"title": "late", "category": None, "brand": "Late", "price": 999.0}]
+    item = np.array([[2 * h + s, 4, 5 - h, 5 - h] for h, s in zip(HOBBY, STAGE)]).ravel()       # fishers end with late
+    users = np.array([f"u{i}" for i in range(6)])
+    dataset = data.Dataset(users, np.array([f"i{i}" for i in range(6)]), items, np.repeat(np.arange(6), 4), item,
+                           np.full(24, 4, np.float32), np.tile(np.arange(4), 6) + 10**9)
+    data.write_data(tmp_path / "data", "tiny", dataset, BANK_LAYOUT)
+    order = np.array([5, 3, 1, 0, 2, 4])                               # another order than the data's
+    ids = np.stack([HOBBY, STAGE], 1)[order]
+    books = [random_book(k, 2, seed=k) for k in (2, 3)]
+    profiles = codebook.Profiles(users[order], ids, np.full((6, 2), 0.75), ["hobby", "life_stage"], books,
+                                 {"lm": {"name": "tiny"}, "settings": {"kinds": None}, "layout": BANK_LAYOUT})
+    (tmp_path / "profiles").mkdir()
+    codebook.write_profiles(tmp_path / "profiles", profiles)
+    return tmp_path / "profiles", tmp_path / "data", profiles
+
+
+def test_profiles_round_trip(tmp_path):
+    folder, _, profiles = tiny_folders(tmp_path)
+    found = codebook.read_profiles(folder)
+    assert found.users.tolist() == profiles.users.tolist() and found.ids.tolist() == profiles.ids.tolist()
+    assert found.names == profiles.names and found.meta["settings"] == {"kinds": None}
+    for a, b in zip(found.books, profiles.books):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in codebook.BOOK)
+    raw = bytearray((folder / "profiles.npz").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / "profiles.npz").write_bytes(raw)
+    with pytest.raises(ValueError, match="profiles.npz is not the one"):
+        codebook.read_profiles(folder)
+
+
+def test_table_round_trip_and_evidence_of_a_profile(tmp_path):
+    _, folder, _ = tiny_folders(tmp_path)
+    source = data.read_data(folder)
+    T = len(source.texts)
+    gradient, tokens = np.arange(T * 4, dtype=np.float32).reshape(T, 2, 2), np.ones(T, np.float32)
+    tokens[source.texts.index(("title", "gift"))] = 0                  # a text without a token tells nothing
+    (tmp_path / "table").mkdir()
+    codebook.write_table(tmp_path / "table", {"gradient": (gradient.shape, [gradient[:2], gradient[2:]]),
+                                              "tokens": ((T,), [tokens])},
+                         {"identity": "x"})
+    table, meta = codebook.read_table(tmp_path / "table")
+    assert np.array_equal(table["gradient"], gradient) and meta["identity"] == "x"
+    for p, kind in enumerate(("title", "brand")):
+        evidence = codebook.profile_evidence(source, table, *data.row_texts(source, source.part == 0), p, "")
+        told = [[source.texts[t] for t in evidence.text[a:b]] for a, b in zip(evidence.indptr, evidence.indptr[1:])]
+        assert len(told) == 24 and all(one[0] == kind for row in told for one in row)
+        assert told[1] == ([] if p == 0 else [("brand", "Kid")]) and len(told[0]) == 1
+        assert np.array_equal(evidence.value, gradient[:, p]) and np.array_equal(evidence.weight, tokens)
+    (tmp_path / "table" / "tokens.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="tokens.npy is not the one"):
+        codebook.read_table(tmp_path / "table")
+
+
+def test_bank_lookup_and_verify_commands(tmp_path):
+    profiles, folder, _ = tiny_folders(tmp_path)
+    bank = tmp_path / "bank"
+    assert call(codebook, "bank", "--profiles", profiles, "--out", bank)[0] == 0
+    assert call(codebook, "lookup", "--bank", bank, "u3", "u4")[:2] == (
+        0, "u3 hobby=2 (75%) life_stage=2 (75%)\nu4 hobby=2 (75%) life_stage=1 (75%)\n")
+    code, out, err = call(codebook, "lookup", "--bank", bank, "--", "u3", "-u99")
+    assert code == 4 and "-u99 unknown" in out and "1 of 2 users" in err
+    assert call(codebook, "lookup", "--bank", bank, "u3", "-u99")[0] == 2                 # taken for an option
+    assert call(codebook, "lookup", "--bank", tmp_path / "none", "u1")[0] == 4
+    assert call(codebook, "lookup", "--ban", bank, "u1")[0] == 2                          # no abbreviations
+    code, out, _ = call(codebook, "verify", bank, profiles, folder)
+    assert code == 0 and len(out.splitlines()) == 3 and "profiles.npz as recorded" in out
+    (bank / "codes.npy").write_bytes((bank / "codes.npy").read_bytes() + b"x")
+    code, _, err = call(codebook, "verify", folder, bank)
+    assert code == 4 and "codes.npy" in err
+    assert call(codebook, "verify", tmp_path)[0] == 4 and call(codebook)[0] == 2
+
+
+def test_bank_of_several_folders_takes_the_last_word_on_a_user(tmp_path):
+    folder, _, first = tiny_folders(tmp_path)
+    later = first._replace(users=np.array(["u5", "newcomer"]), ids=np.array([[0, 2], [-1, 1]]),
+                           probability=np.array([[0.5, 0.5], [0, 1]]))
+    (tmp_path / "later").mkdir()
+    codebook.write_profiles(tmp_path / "later", later)
+    for order, u5 in ((("profiles", "later"), [1, 3]), (("later", "profiles"), [2, 2])):
+        assert call(codebook, "bank", "--profiles", *(tmp_path / name for name in order), "--out",
+                    tmp_path / "both")[0] == 0
+        bank = Bank.open(tmp_path / "both")
+        assert bank.lookup(["newcomer", "u5", "u0"]).tolist() == [[0, 2], u5, [1, 1]] and len(bank.keys) == 7
+    assert bank.meta["names"] == ["hobby", "life_stage"] and bank.meta["sizes"] == [2, 3]
+    code, out, _ = call(codebook, "lookup", "--bank", tmp_path / "both", "newcomer")
+    assert code == 0 and out == "newcomer hobby=0 (0%) life_stage=2 (100%)\n"
+    strange = later._replace(books=[book._replace(mu=book.mu + 1) for book in later.books])
+    codebook.write_profiles(tmp_path / "later", strange)
+    code, _, err = call(codebook, "bank", "--profiles", folder, tmp_path / "later", "--out", tmp_path / "mixed")
+    assert code == 4 and "different codebooks" in err and not (tmp_path / "mixed").exists()
+
+
+def test_cards_of_ids(tmp_path):
+    profiles, folder, _ = tiny_folders(tmp_path)
+    assert call(codebook, "cards", "--profiles", profiles, "--data", folder, "--out", tmp_path / "cards.md")[0] == 0
+    text = (tmp_path / "cards.md").read_text()
+    assert text.index("### hobby") < text.index("### life_stage")
+    rows = [[cell.strip() for cell in line.replace("\\|", "¦").split("|")[1:-1]] for line in text.splitlines()
+            if line.startswith("| ")]
+    rows = [row for row in rows if row[0] != "ID"]
+    assert [row[:4] for row in rows[:2]] == [["1", "3", "50.0%", "0.75"], ["2", "3", "50.0%", "0.75"]]
+    assert rows[0][4].startswith("carp rod (") and "wool" not in rows[0][4] and "Kid" not in rows[0][4]
+    assert rows[1][4].startswith("yarn ¦ wool (")
+    # train rows only; code 3 is empty
+    assert [row[5] for row in rows[2:]] == ["10.00–10.00", "100.00–100.00", "unknown"]
+    assert rows[2][4].startswith("Kid (") and rows[4][1] == "0" and "late" not in text.lower()
+    assert call(codebook, "cards", "--profiles", profiles, "--data", folder)[1].strip() == text.strip()
+    shutil.copytree(folder, tmp_path / "others")
+    found = dict(np.load(tmp_path / "others" / "interactions.npz"))
+    np.savez(tmp_path / "others" / "interactions.npz", **{**found, "users": np.char.add("x", found["users"])})
+    meta = json.loads((tmp_path / "others" / "meta.json").read_text())
+    meta["sha256"]["interactions.npz"] = data.sha256_of(tmp_path / "others" / "interactions.npz")
+    (tmp_path / "others" / "meta.json").write_text(json.dumps(meta))
+    assert call(codebook, "cards", "--profiles", profiles, "--data", tmp_path / "others")[0] == 4
+
+
+def test_cards_log_odds_by_hand():
+    counts = np.array([[8.0, 2.0], [1.0, 9.0]])
+    # prior: 2 words × share = (.9, 1.1). Word 0 of group 0: ln(8.9 / 3.1) − ln(1.9 / 10.1), variance 1/8.9 + 1/1.9
+    expected = (math.log(8.9 / 3.1) - math.log(1.9 / 10.1)) / math.sqrt(1 / 8.9 + 1 / 1.9)
+    z = codebook.log_odds_z(counts)
+    assert z[0, 0] == pytest.approx(expected) and z[1, 0] == pytest.approx(-expected) and z[0, 1] < 0 < z[1, 1]
+    assert codebook.log_odds_z(np.array([[3.0], [1.0]])).tolist() == [[0], [0]]
+    assert codebook.log_odds_z(np.zeros((2, 0))).shape == (2, 0)
+
+
+def test_rows_by_id():
+    known = np.array(["b", "c", "a"])
+    assert codebook.rows_by_id(np.array(["a", "x", "b", ""]), known).tolist() == [2, -1, 0, -1]
+
+
+# ==================================================================================================== uip.py
+
+logging.set_verbosity_error()
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(uip.__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+# ------------------------------------------------------------------------------------- layout, mask, likelihood
+
+class Words:
+    """A tokenizer of whole words: ids from 3 in order of appearance; 0 is padding, 1 BOS, 2 EOS."""
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self):
+        self.ids = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+
+    def encode(self, text, add_special_tokens=False):
+        return [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
+
+
+SPEC = {"profiles": {"hobby": "the hobby is", "background": "spending"},
+        "kinds": {"title": {"lead": "user bought", "view": ["hobby"]},
+                  "price": {"lead": "paid", "view": ["background"]},
+                  "review": {"lead": "user wrote", "view": ["hobby", "background"]}}}
+EVEN = SPEC | {"profiles": {"hobby": "the hobby is", "background": "the spending is"}}       # names of one length
+THREE = {"profiles": {"hobby": "the hobby is", "mood": "feels", "background": "their spending"},
+         "kinds": {"title": {"lead": "user bought", "view": ["hobby"]},
+                   "price": {"lead": "paid", "view": ["background"]},
+                   "note": {"lead": "noted", "view": ["hobby", "background"]},
+                   "review": {"lead": "user wrote", "view": ["hobby", "mood", "background"]}}}
+TEXTS = [[("title", "red rod"), ("title", "red reel"), ("price", "9"), ("title", "line"), ("price", "40"),
+          ("price", "9"),
+          ("review", "good rod <eos> <pad> <bos>")],
+         [("title", "line")],
+         [("review", "bad reel"), ("review", "bad"), ("review", "so very bad reel indeed")]]
+
+
+def tiny_lm(kind="llama", dtype=torch.float32, attention="eager", seed=0):
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
+                            bos_token_id=1, eos_token_id=2)
+    else:
+        make = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[kind]
+        config = make(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4)
+    config._attn_implementation = attention
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+
+
+def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, **options):
+    lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m)
+    rows = [uip.pack(text, layout) for text in texts]
+    theta = torch.randn(len(texts), len(layout.names), m, 32, generator=torch.Generator().manual_seed(1))
+    batch = uip.collate(rows, layout, uip.prefix(lm, layout) if cached else None, dtype=lm.dtype)
+    return lm, layout, rows, batch, theta
+
+
+def one_by_one(lm, layout, texts, theta):
+    """−log P(B|θ) of one user by the definition: each text alone, BOS name θ lead value, log-softmax token by token."""
+    embed, total = lm.get_input_embeddings(), 0.0
+    for kind, value in texts:
+        lead, view, _ = layout.kinds[kind]
+        words = layout.tokenizer.encode(value)
+        parts, block, position = [embed(torch.tensor([layout.bos]))], [0], [0]
+        for p, name in enumerate(layout.names):
+            if view[p]:
+                parts += [embed(torch.tensor(name)), theta[p]]
+                n = len(name) + layout.m
+                block, position = block + [p + 1] * n, position + list(range(1, n + 1))
+        tail = [*lead, *words]
+        x = torch.cat([*parts, embed(torch.tensor(tail))])[None]
+        block, position = block + [9] * len(tail), position + list(range(layout.start, layout.start + len(tail)))
+        n = len(block)
+        sees = [[j <= i and (block[j] in (0, block[i]) or block[i] == 9) for j in range(n)] for i in range(n)]
+        mask = torch.where(torch.tensor(sees), 0.0, -1e9).to(x.dtype)[None, None]
+        logits = lm(inputs_embeds=x, attention_mask=mask, position_ids=torch.tensor([position])).logits[0]
+        for i, word in enumerate(words, n - len(words)):
+            total -= float(logits[i - 1, word] - logits[i - 1].double().exp().sum().log())
+    return total
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
+    lm, layout, _, batch, theta = case(kind, m, dtype=torch.float64)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_naive_way_has_the_same_value_and_gradient(kind, m):
+    texts = [[text for text in user if text[0] != "review"] for user in TEXTS[:2]]           # one profile a text
+    lm, layout, _, batch, theta = case(kind, m, spec=EVEN, texts=texts)
+    ours, other = theta.clone().requires_grad_(), theta.clone().requires_grad_()
+    a, b = uip.nll(lm, batch, ours), uip.naive_nll(lm, layout, texts, other)
+    assert a.tolist() == pytest.approx(b.tolist(), rel=1e-5)
+    a.sum().backward()
+    b.sum().backward()
+    torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_one_view_needs_no_mask_of_ours(kind):
+    """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees."""
+    lm, layout, _, batch, theta = case(kind, texts=[[("title", "red rod")]], dtype=torch.float64)
+    ids = [*layout.names[0], *[0] * layout.m, *layout.kinds["title"][0], *layout.tokenizer.encode("red rod")]
+    x = lm.get_input_embeddings()(torch.tensor([[layout.bos, *ids]]))
+    x[0, 1 + len(layout.names[0]):1 + len(layout.names[0]) + layout.m] = theta[0, 0].double()
+    logp = lm(inputs_embeds=x).logits[0].log_softmax(-1)
+    want = -sum(logp[i - 1, token] for i, token in ((-2, ids[-2]), (-1, ids[-1])))
+    assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_pack_by_hand():
+    layout = uip.Layout.build(SPEC, Words(), m=2)
+    row = uip.pack([("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")], layout)
+    words = ["user", "bought", "red", "rod", "paid", "red", "user", "wrote", "<eos>", "<pad>"]
+    assert row.ids.tolist() == [layout.tokenizer.ids[word] for word in words]
+    assert layout.start == 6                                           # after BOS, "the hobby is" and two soft tokens
+    assert row.positions.tolist() == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
+    assert row.text.tolist() == [0] * 4 + [1] * 2 + [2] * 4
+    assert row.views.tolist() == [[True, False]] * 4 + [[False, True]] * 2 + [[True, True]] * 4
+    assert row.labels.tolist() == [False, False, True, True, False, True, False, False, True, True]
+    with pytest.raises(ValueError, match="'colour', but the layout knows only"):
+        uip.pack([("colour", "red")], layout)
+
+
+def test_mask_by_hand():
+    """Columns: BOS | the hobby is | spending | θ₁ θ₂ | user bought rod | paid 9."""
+    layout = uip.Layout.build(SPEC, Words(), m=1)
+    batch = uip.collate([uip.pack([("title", "rod"), ("price", "9")], layout)], layout)
+    sees = ["x...........",
+            "xx..........", "xxx.........", "xxxx........",
+            "x...x.......",
+            "xxxx.x......",
+            "x...x.x.....",
+            "xxxx.x.x....", "xxxx.x.xx...", "xxxx.x.xxx..",
+            "x...x.x...x.", "x...x.x...xx"]
+    want = torch.tensor([[mark == "x" for mark in line] for line in sees])
+    assert torch.equal(batch.mask[0, 0] == 0, want)
+    assert batch.mask.dtype == torch.float32 and batch.mask[0, 0][~want].max() < -1e30
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 1, 4, 2, 5, 6, 7, 5, 6]
+    assert batch.predict.tolist() == [8, 10] and batch.target.tolist() == batch.ids[0, [9, 11]].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_padding_and_cache_change_nothing(kind, cached):
+    lm, layout, rows, batch, theta = case(kind)
+    alone = [uip.nll(lm, uip.collate([row], layout, uip.prefix(lm, layout) if cached else None), theta[u:u + 1])
+             for u, row in enumerate(rows)]
+    assert torch.cat(alone).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
+
+
+def test_order_of_evidence_does_not_matter():
+    lm, layout, _, batch, theta = case()
+    other = uip.collate([uip.pack(text[::-1], layout) for text in TEXTS], layout, uip.prefix(lm, layout))
+    assert uip.nll(lm, other, theta).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["theta", "name"])
+def test_a_profile_cannot_touch_another(change):
+    """Another name or θ of hobby: background's states, and those of evidence in its view, stay bit for bit."""
+    lm, layout, rows, batch, theta = case(cached=False)
+    before = uip.hidden(lm, batch, theta)
+    if change == "theta":
+        theta[:, 0] += torch.randn(3, 2, 32)
+    else:
+        batch.ids[:, 1:1 + len(layout.names[0])] += 7
+    after = uip.hidden(lm, batch, theta)
+    block = layout.fixed()[1].tolist()
+    others = [i for i, b in enumerate(block) if b != 1]
+    assert torch.equal(before[:, others], after[:, others])
+    prices = [len(block) + i for i, view in enumerate(rows[0].views.tolist()) if view == [False, True]]
+    titles = [len(block) + i for i, view in enumerate(rows[0].views.tolist()) if view == [True, False]]
+    assert torch.equal(before[0, prices], after[0, prices])
+    assert not torch.isclose(before[0, titles], after[0, titles]).all(-1).any()
+
+
+def test_without_mask_or_views_the_profiles_do_touch():
+    """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
+    for without in ("mask", "views"):
+        lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words(), m=2, without=without)
+        rows, theta = [uip.pack(TEXTS[0], layout)], torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
+        batches = [uip.collate(rows, layout, cache) for cache in (uip.prefix(lm, layout), None)]
+        before = [uip.hidden(lm, batch, theta)[:, batch.slots.start:] for batch in batches]
+        torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
+        theta[:, 0] += torch.randn(2, 32)
+        changed = (uip.hidden(lm, batches[0], theta) != before[0]).any(-1)[0]
+        background, evidence = slice(2, 4), slice(4, None)             # columns: θ₁ θ₁ θ₂ θ₂ evidence
+        assert changed[background].all() == (without == "mask") and changed[evidence].all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_of_theta(kind, monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * (   # the library's is fp32 inside
+        x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+    lm, _, _, batch, theta = case(kind, m=1, texts=TEXTS[:2], dtype=torch.float64, attention="sdpa")
+    assert torch.autograd.gradcheck(lambda t: uip.nll(lm, batch, t), theta.double().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sdpa_equals_eager(kind):
+    cases = [case(kind, attention=attention) for attention in ("sdpa", "eager")]
+    values = [uip.nll(lm, batch, theta) for lm, _, _, batch, theta in cases]
+    assert values[0].tolist() == pytest.approx(values[1].tolist(), rel=1e-5)
+
+
+def test_labels_are_value_tokens_even_where_they_equal_pad_or_bos():
+    users = [[("price", "<pad>")], [("title", "<bos> <eos>"), ("price", "9 <pad> <pad> 9")]]
+    lm, layout, rows, _, theta = case(texts=users)
+    batch = uip.collate(rows, layout)
+    assert batch.target.tolist() == [0, 1, 2, layout.tokenizer.ids["9"], 0, 0, layout.tokenizer.ids["9"]]
+    assert batch.row.tolist() == [0] + [1] * 6
+    value = uip.nll(lm, batch, theta)
+    assert (value > 0).all()
+    longer = uip.collate([*rows, uip.pack([("review", "so very bad")] * 4, layout)], layout)
+    assert uip.nll(lm, longer, torch.cat([theta, theta[:1]]))[:2].tolist() == pytest.approx(value.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_lm_with_fp32_theta(dtype):
+    lm, layout, rows, batch, theta = case(dtype=dtype)
+    found, value = uip.tune_users(lm, layout, rows, theta, steps=3, lr=0.01)
+    assert found.dtype == value.dtype == torch.float32 and (found != theta).flatten(1).any(1).all()
+    full = case()
+    want = uip.nll(full[0], full[3], theta)
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want.tolist(), rel=0.03)
+    table = uip.score_texts(lm, layout, distinct(TEXTS))
+    assert all(one.dtype == torch.float32 and one.isfinite().all() for one in table)
+    exact = uip.score_texts(full[0], layout, distinct(TEXTS))
+    cosine = torch.cosine_similarity(table.gradient.flatten(), exact.gradient.flatten(), 0)
+    assert cosine > 0.99 and table.nll.tolist() == pytest.approx(exact.nll.tolist(), rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(tied):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=tied))
+    lm = lm.double().eval().requires_grad_(False)
+    uip.check_lm(lm)
+    _, layout, rows, _, theta = case()
+    batch = uip.collate(rows, layout, uip.prefix(lm, layout), dtype=lm.dtype)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
+
+
+class Letters(PreTrainedTokenizer):
+    """A slow tokenizer, in plain Python: a letter is a token. Its BOS is whatever it is given."""
+    def __init__(self, **kwargs):
+        self.vocab = {chr(i): i for i in range(64)}
+        super().__init__(**kwargs)
+
+    vocab_size = property(lambda self: 64)
+    get_vocab = lambda self: self.vocab
+    _tokenize = lambda self, text, **kwargs: list(text)
+    _convert_token_to_id = lambda self, token: self.vocab.get(token, 0)
+    _convert_id_to_token = lambda self, index: chr(index)
+
+
+def test_slow_tokenizers_and_those_without_bos():
+    for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
+        layout = uip.Layout.build(SPEC, tokenizer)
+        assert layout.bos == bos and layout.encode("9 9") == (32, 57, 32, 57)
+        lm, texts = tiny_lm(), [[("title", "9"), ("title", "12")]]    # of the longer name, before all evidence
+        batch = uip.collate([uip.pack(texts[0], layout)], layout, uip.prefix(lm, layout))
+        theta = torch.zeros(1, 2, 1, 32)
+        want = float(uip.naive_nll(lm, layout, texts, theta))
+        assert float(uip.nll(lm, batch, theta)) == pytest.approx(want, rel=1e-5)
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
+        uip.Layout.build(SPEC, Letters())
+
+
+@pytest.mark.parametrize("broken", [
+    {}, {"profiles": SPEC["profiles"]}, SPEC | {"profiles": ["hobby"]}, SPEC | {"kinds": {"title": {"lead": "bought"}}},
+    SPEC | {"kinds": {"title": {"lead": "", "view": ["hobby"]}}},
+    SPEC | {"kinds": {"title": {"lead": "bought", "view": []}}},
+    SPEC | {"kinds": {"title": {"lead": "bought", "view": ["mood"]}}}])
+def test_what_is_no_layout_is_refused(broken):
+    with pytest.raises(ValueError, match="not a layout|needs a lead, and a view"):
+        uip.Layout.build(broken, Words())
+
+
+# ------------------------------------------------------------------------------------------------ the text table
+
+def distinct(users):
+    """Each (kind, value) of the users once."""
+    return list(dict.fromkeys(text for user in users for text in user))
+
+
+def assert_close(found, want, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest value."""
+    torch.testing.assert_close(found.double(), want.double(), rtol=0, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("spec", [SPEC, THREE], ids=["two", "three"])
+def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec):
+    """At θ⁰ and at any other shared soft tokens: NLL and gradient of a user are sums over the user's texts."""
+    users = TEXTS if spec is SPEC else [[*TEXTS[0], ("note", "red line")], TEXTS[1] * 3, [*TEXTS[2], ("note", "9")]]
+    lm, layout, _, batch, theta = case(kind, m, spec=spec, texts=users, dtype=torch.float64)
+    texts = distinct(users)
+    start = uip.shared_prompt(lm, m).repeat(len(layout.names), 1, 1)
+    assert start.dtype == torch.float32
+    assert torch.equal(start[0, 0].double(), lm.get_input_embeddings().weight.float().mean(0).double())
+    for given, shared in ((None, start), (theta[0], theta[0])):
+        table = uip.score_texts(lm, layout, texts, given)
+        x = shared.expand(len(users), -1, -1, -1).clone().requires_grad_()
+        value = uip.nll(lm, batch, x)
+        value.sum().backward()
+        text = [[texts.index(one) for one in user] for user in users]
+        assert table.nll.dtype == torch.float32
+        assert_close(torch.stack([table.nll[t].sum() for t in text]), value.detach())
+        assert_close(torch.stack([table.gradient[t].sum(0) for t in text]), x.grad.flatten(2))
+        assert table.tokens.tolist() == [len(value.split()) for _, value in texts]
+        for i, (name, _) in enumerate(texts):
+            assert table.gradient[i].any(1).tolist() == list(layout.kinds[name][1])
+
+
+@pytest.mark.parametrize("without", ["mask", "views"])
+def test_text_gradients_sum_in_the_ablations_too(without):
+    lm, layout = tiny_lm(dtype=torch.float64), uip.Layout.build(SPEC, Words(), m=2, without=without)
+    table = uip.score_texts(lm, layout, distinct(TEXTS))
+    batch = uip.collate([uip.pack(TEXTS[0], layout)], layout, dtype=lm.dtype)
+    x = uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1).requires_grad_()
+    uip.nll(lm, batch, x).sum().backward()
+    assert_close(table.gradient[[distinct(TEXTS).index(text) for text in TEXTS[0]]].sum(0), x.grad[0].flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_hidden_is_the_sum_of_the_value_tokens_states(kind):
+    lm, layout, rows, batch, _ = case(kind, texts=[[("title", "red rod reel"), ("review", "good 9")]])
+    table = uip.score_texts(lm, layout, [("title", "red rod reel"), ("review", "good 9")])
+    theta = uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1)
+    states = uip.hidden(lm, batch, theta)[0, batch.slots.stop:]        # user bought red rod reel | user wrote good 9
+    assert_close(table.hidden, torch.stack([states[2:5].sum(0), states[7:9].sum(0)]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_reversed_states_are_those_of_a_plain_forward(kind):
+    lm, layout, *_ = case(kind)
+    texts = [("title", "red rod reel"), ("price", "9"), ("review", "good")]
+    table = uip.score_texts(lm, layout, texts)
+    for i, (name, value) in enumerate(texts):
+        for p in range(2):
+            ids = [1, *layout.kinds[name][0], *layout.tokenizer.encode(value), *layout.names[p]]
+            state = lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+            assert_close(table.reversed[i, p], state * len(value.split()) * layout.kinds[name][1][p])
+
+
+@pytest.mark.parametrize("spec", [SPEC, THREE], ids=["two", "three"])
+def test_layout_only_gives_equal_values(spec):
+    lm, layout, *_ = case(spec=spec)
+    theta = torch.randn(len(layout.names), 2, 32, generator=torch.Generator().manual_seed(1))
+    for name, (_, view, _) in layout.kinds.items():
+        part, row = layout.only(view), [(name, "red rod")]
+        assert name in part.kinds and part.start == layout.start and len(part.names) == sum(view)
+        a = uip.nll(lm, uip.collate([uip.pack(row, layout)], layout), theta[None])
+        b = uip.nll(lm, uip.collate([uip.pack(row, part)], part), theta[None, list(view)])
+        assert float(a) == pytest.approx(float(b), rel=1e-5)
+
+
+def test_budget_and_company_do_not_change_the_table(capsys):
+    lm, layout, *_ = case("gpt2", m=1)
+    texts = distinct(TEXTS) + [("title", " ".join(["red", "rod"][:1 + i % 2] * (1 + i // 2))) for i in range(12)]
+    texts, seen = distinct([texts]), []
+    whole = uip.score_texts(lm, layout, texts, budget=10**6, tick=seen.append)
+    assert sum(seen) == len(texts) and len(seen) == 3                  # one pass for each view
+    single = uip.score_texts(lm, layout, texts, budget=1)
+    turned = uip.score_texts(lm, layout, texts[::-1], budget=40)
+    few = uip.score_texts(lm, layout, texts[3:5])
+    for name, want in whole._asdict().items():
+        assert_close(getattr(single, name), want)
+        assert_close(getattr(turned, name).flip(0), want)
+        assert_close(getattr(few, name), want[3:5], 2e-5)
+    none = uip.score_texts(lm, layout, [])
+    assert none.nll.shape == (0,) and none.gradient.shape == (0, 2, 32)
+
+
+def test_batches_hold_at_most_the_budget():
+    lengths = [5, 1, 9, 3, 3, 7, 20]
+    groups = uip.batches(lengths, 10)
+    assert groups == [[6], [2], [5], [0, 3], [4, 1]] and uip.batches([], 10) == []
+
+
+def test_out_of_memory_halves_the_budget_and_changes_no_value(monkeypatch, capsys):
+    lm, layout, *_ = case(m=1)
+    texts, honest, most = [("title", f"w{i} red rod") for i in range(20)], uip.hidden, []
+    want = uip.score_texts(lm, layout, texts, budget=1000)
+
+    def short(lm, batch, theta):
+        if batch.ids.numel() > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        most.append(batch.ids.numel())
+        return honest(lm, batch, theta)
+    monkeypatch.setattr(uip, "hidden", short)
+    found = uip.score_texts(lm, layout, texts, budget=200)
+    said = capsys.readouterr().err
+    assert "continuing with 100 tokens" in said and said.count("out of memory") == 3 and max(most) <= 30
+    for a, b in zip(found, want):
+        assert_close(a, b)
+    monkeypatch.setattr(uip, "hidden", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        uip.score_texts(lm, layout, texts)
+    monkeypatch.setattr(uip, "hidden", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        uip.score_texts(lm, layout, texts)
+
+
+def test_long_texts_are_cut_and_those_without_tokens_say_nothing():
+    lm, tokenizer = tiny_lm(), Words()
+    spec = SPEC | {"kinds": SPEC["kinds"] | {"price": {"lead": "paid", "view": ["background"], "cut": 2}}}
+    layout = uip.Layout.build(spec, tokenizer, m=1, cut=4)
+    texts = [("title", "a b c d"), ("title", "a b c d e f g"), ("price", "a b"), ("price", "a b c"), ("title", ""),
+             ("price", "  ")]
+    table = uip.score_texts(lm, layout, texts)
+    assert table.tokens.tolist() == [4, 4, 2, 2, 0, 0]
+    for one in table:
+        assert_close(one[0], one[1])
+        assert_close(one[2], one[3])
+        assert not one[4:].any()
+    alone = uip.score_texts(lm, layout, [("title", "")])
+    assert not any(one.any() for one in alone)
+
+
+def test_a_text_beyond_the_context_is_refused_by_its_length_not_its_number():
+    lm, words = tiny_lm(), " ".join(f"w{i}" for i in range(64))
+    lm.resize_token_embeddings(300)
+    layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
+    with pytest.raises(ValueError, match="needs 71 tokens with its prompt, but the LLM reads 64"):
+        uip.score_texts(lm, layout, [("title", words)])
+    rows = [uip.pack([("title", word) for word in words.split()], layout)]
+    theta = uip.shared_prompt(lm, 1).repeat(1, 2, 1, 1)
+    uip.tune_users(lm, layout, rows, theta, steps=1)                   # many short texts fit
+    fits = " ".join(words.split()[:57])
+    assert uip.score_texts(lm, layout, [("title", fits)]).tokens.tolist() == [57]
+    with pytest.raises(ValueError, match="the LLM reads 64"):
+        uip.tune_users(lm, layout, [uip.pack([("title", words)], layout)], theta)
+    with pytest.raises(ValueError, match="'colour', but the layout knows only"):
+        uip.score_texts(lm, layout, [("colour", "red")])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_likelihood_that_is_not_finite_ends_in_a_sentence(bad, monkeypatch):
+    lm, layout, rows, _, theta = case(m=1)
+    with pytest.raises(ValueError, match="not finite in torch.float32: try --dtype"):
+        uip.score_texts(lm, layout, distinct(TEXTS), torch.full((2, 1, 32), bad))
+    with pytest.raises(ValueError, match="not finite in torch.float32: try --dtype"):
+        uip.tune_users(lm, layout, rows, theta * bad)
+    honest = uip.nll
+    monkeypatch.setattr(uip, "nll", lambda *args: honest(*args) * bad)
+    with pytest.raises(ValueError, match="not finite"):
+        uip.score_texts(lm, layout, distinct(TEXTS))
+
+
+def test_only_theta_trains():
+    lm, layout, rows, _, theta = case(m=1)
+    before, start = {name: weight.clone() for name, weight in lm.state_dict().items()}, theta.clone()
+    table = uip.score_texts(lm, layout, distinct(TEXTS))
+    tuned = uip.tune_users(lm, layout, rows, theta, steps=2)
+    assert not any(one.requires_grad for one in (*table, *tuned, theta)) and torch.equal(theta, start)
+    assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
+    assert all(weight.grad is None and not weight.requires_grad for weight in lm.parameters())
+    lm.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="freeze"):
+        uip.score_texts(lm, layout, distinct(TEXTS))
+    with pytest.raises(ValueError, match="freeze"):
+        uip.tune_users(lm, layout, rows, theta)
+
+
+# ------------------------------------------------------------------------------------------------------------ EM
+
+def ari(a, b):
+    """Adjusted Rand index of two labellings (Hubert & Arabie 1985): 1 = the same groups, 0 = chance."""
+    table = np.zeros((int(max(a)) + 1, int(max(b)) + 1))
+    np.add.at(table, (np.asarray(a), np.asarray(b)), 1)
+    pairs = lambda counts: float((counts * (counts - 1) / 2).sum())
+    rows, columns, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
+    chance = rows * columns / total
+    return (pairs(table) - chance) / ((rows + columns) / 2 - chance)
+
+
+def shop(users=120, rows=8, null=False, seed=0):
+    """(hobby, background) of planted users and, for each, `rows` texts of both kinds, one in ten off the profile."""
+    draw, truth, texts = random.Random(seed), [], []
+    for _ in range(users):
+        truth.append((draw.randrange(4), draw.randrange(3)))
+        told = []
+        for _ in range(rows):
+            z, y = (draw.randrange(k) if null or draw.random() < 0.1 else own for own, k in zip(truth[-1], (4, 3)))
+            told += [("title", f"h{z} a{draw.randrange(5)}"), ("price", f"p{y} b{draw.randrange(5)}")]
+        texts.append(told)
+    return torch.tensor(truth), texts
+
+
+def planted_case(kind="llama", p=0, **options):
+    """(lm, layout, texts, evidence of profile p, user and item of its rows, truth, users' texts) of a planted shop."""
+    truth, users = shop(**options)
+    lm, layout, texts = tiny_lm(kind), uip.Layout.build(SPEC, Words()), distinct(users)
+    table = uip.score_texts(lm, layout, texts)
+    number = {text: i for i, text in enumerate(texts)}
+    told = [[number[text] for text in user if text[0] == ("title", "price")[p]] for user in users]
+    user = torch.arange(len(users)).repeat_interleave(torch.tensor([len(t) for t in told]))
+    text = torch.tensor([t for listed in told for t in listed])
+    evidence = Evidence(torch.arange(len(text) + 1), text, table.gradient[:, p], table.tokens)
+    return lm, layout, texts, evidence, user, torch.arange(len(text)) % 97, truth, users
+
+
+def scorer(lm, layout, texts, p):
+    """score(prompt) as fit wants it: the other profile's soft tokens stay at θ⁰."""
+    theta = uip.shared_prompt(lm, layout.m).repeat(2, 1, 1)
+
+    def score(prompt):
+        theta[p] = prompt.reshape(layout.m, -1)
+        table = uip.score_texts(lm, layout, texts, theta)
+        return table.nll, table.gradient[:, p]
+    return score
+
+
+def never_falls(values, slack=1e-9):
+    return all(b >= a - slack * abs(a) for a, b in zip(values, values[1:]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("p", [0, 1], ids=["hobby", "background"])
+def test_em_finds_planted_profiles_and_its_likelihood_never_falls(kind, p):
+    *_, evidence, user, item, truth, _ = planted_case(kind, p)
+    found = uip.fit(evidence, user, item, 120, (4, 3)[p])
+    ids = found.r.argmax(1)
+    assert ari(ids, truth[:, p]) >= 0.8 and abs(ari(ids, truth[:, 1 - p])) <= 0.1
+    assert len(found.book.history) > 1 and never_falls(found.book.history) and found.F == [] and found.prompts is None
+    assert torch.allclose(found.r.sum(1), torch.ones(120, dtype=torch.float64)) and (found.n == 16).all()
+
+
+def test_em_finds_nothing_where_nothing_is():
+    for p in (0, 1):
+        *_, evidence, user, item, truth, _ = planted_case(p=p, null=True)
+        ids = uip.fit(evidence, user, item, 120, (4, 3)[p]).r.argmax(1)
+        assert all(abs(ari(ids, truth[:, q])) < 0.2 for q in (0, 1))
+
+
+def test_fold_in_gives_the_codes_of_training_and_a_user_without_evidence_gets_the_prior():
+    *_, evidence, user, item, truth, _ = planted_case()
+    found = uip.fit(evidence, user + (user >= 7).long(), item, 121, 4)                       # user 7 has no row
+    assert found.n[7] == 0 and torch.equal(found.r[7], found.book.pi)
+    z = sum_texts(torch.arange(0, 961, 8), evidence.text, found.book.project(evidence.value, evidence.weight))
+    again = codebook.responsibilities(found.book, z, torch.full((120,), 16.0, dtype=torch.float64))
+    torch.testing.assert_close(again, torch.cat([found.r[:7], found.r[8:]]))
+    with pytest.raises(ValueError, match="no user has evidence"):
+        uip.fit(evidence._replace(weight=torch.zeros_like(evidence.weight)), user, item, 120, 4)
+
+
+def test_exact_e_step_is_the_rule_of_bayes_and_F_its_formula():
+    draw = torch.Generator().manual_seed(0)
+    value, pi = 900 + 3 * torch.rand(5, 3, generator=draw), torch.tensor([0.5, 0.3, 0.2])
+    indptr, text = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 4, 4, 2, 1])
+    r, F = uip.e_step(value, pi, indptr, text)
+    total = 0.0
+    for u in range(3):
+        told = text[indptr[u]:indptr[u + 1]].tolist()
+        logs = [math.log(pi[k]) - math.fsum(value[t, k].item() for t in told) for k in range(3)]
+        evidence = math.log(math.fsum(math.exp(one - max(logs)) for one in logs)) + max(logs)
+        assert r[u].tolist() == pytest.approx([math.exp(one - evidence) for one in logs], rel=1e-6)
+        total += evidence
+    assert F == pytest.approx(total, rel=1e-9) and r[1].tolist() == pytest.approx(pi.tolist())
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_exact_m_step_has_the_gradient_of_the_weighted_likelihood(m):
+    """Against autograd of Σ_uk r_uk log P(B_u | μ_k) of packed users, per unit of weight; π is the mean of r."""
+    users = [[text for text in user if text[0] == "title"] for user in shop(6, 3)[1]]
+    lm, texts = tiny_lm(dtype=torch.float64), distinct(users)
+    layout = uip.Layout.build(SPEC, Words(), m=m)
+    draw = torch.Generator().manual_seed(2)
+    prompts = torch.nn.Parameter(torch.randn(2, m * 32, generator=draw) * 0.3)
+    r = torch.rand(6, 2, generator=draw, dtype=torch.float64).softmax(1)
+    indptr, text = torch.arange(0, 19, 3), torch.tensor([texts.index(one) for user in users for one in user])
+    score, before = scorer(lm, layout, texts, 0), prompts.detach().clone()
+    gradient = torch.stack([score(prompt)[1] for prompt in before])
+    pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, indptr, text)
+    batch = uip.collate([uip.pack(user, layout) for user in users], layout, dtype=lm.dtype)
+    for k in range(2):
+        x = before[k].clone().requires_grad_()
+        theta = torch.stack([x.reshape(m, 32), uip.shared_prompt(lm, m)]).expand(6, -1, -1, -1)
+        (uip.nll(lm, batch, theta) @ r[:, k]).backward()
+        want = x.grad / (3 * r[:, k].sum())
+        assert_close(prompts.grad[k], want)
+        assert_close(prompts.detach()[k], before[k] - 0.5 * want)
+    assert pi.tolist() == pytest.approx(r.mean(0).tolist(), rel=1e-9) and float(pi.sum()) == pytest.approx(1)
+
+
+def test_F_never_falls_over_exact_rounds():
+    lm, layout, texts, evidence, user, item, *_ = planted_case(users=80)
+    said, score, seen = [], scorer(lm, layout, texts, 0), []
+    found = uip.fit(evidence, user, item, 80, 4, rounds=3, score=lambda x: seen.append(x.clone()) or score(x),
+                    start=uip.shared_prompt(lm, 1).flatten(), log=said.append)
+    assert len(found.F) == len(said) == 4 and len(seen) == 16 and never_falls(found.F) and found.F[-1] > found.F[0] + 1
+    value = torch.stack([score(prompt)[0] for prompt in found.prompts], 1)
+    r, F = uip.e_step(value, found.book.pi, torch.arange(0, 641, 8), evidence.text)
+    assert torch.allclose(r, found.r, atol=1e-6) and F == pytest.approx(found.F[-1], rel=1e-6)
+
+
+def test_a_step_that_lowers_F_is_taken_back_and_halved():
+    """On a bowl, −log P(t | μ) = ½ |μ − c_t|² + 50, whose gradient at θ⁰ = 0 is −c_t: a step of 30 is far too long."""
+    *_, evidence, user, item, _, _ = planted_case(users=40)
+    centres, said = -evidence.value, []
+    score = lambda x: (0.5 * (x - centres).square().sum(1) + 50, x - centres)
+    fitted = lambda rounds: uip.fit(evidence, user, item, 40, 4, rounds=rounds, lr=30.0, score=score,
+                                    start=torch.zeros(32), log=said.append)
+    whole = fitted(12)
+    halved = ["halved" in line for line in said]
+    assert any(halved) and not all(halved[1:]) and len(whole.F) == 13 and never_falls(whole.F)
+    for found in (whole, fitted(halved.index(True))):                  # the other ends with a step taken back
+        value = torch.stack([score(prompt)[0] for prompt in found.prompts], 1)
+        r, F = uip.e_step(value, found.book.pi, torch.arange(0, 321, 8), evidence.text)
+        assert torch.allclose(r, found.r, atol=1e-6) and F == pytest.approx(found.F[-1], rel=1e-9)
+    assert "halved" in said[-1]
+
+
+def test_tuned_users_start_along_the_text_gradients_and_none_ends_worse(monkeypatch):
+    lm, layout, rows, batch, _ = case(dtype=torch.float64)
+    start = uip.shared_prompt(lm, 2).repeat(3, 2, 1, 1)
+    before = uip.nll(lm, batch, start)
+    good, value = uip.tune_users(lm, layout, rows, start, steps=20, lr=0.05)
+    assert (value < before - 1).all() and value.tolist() == pytest.approx(uip.nll(lm, batch, good).tolist(), rel=1e-5)
+    wild, worst = uip.tune_users(lm, layout, rows, good, steps=4, lr=5.0)                    # far too large a step
+    assert (worst <= value + 1e-4).all()
+    assert worst.tolist() == pytest.approx(uip.nll(lm, batch, wild).tolist(), rel=1e-5)
+    gradients = []
+
+    class Recorder(torch.optim.Adam):
+        def step(self):
+            gradients.append(self.param_groups[0]["params"][0].grad.clone())
+            super().step()
+    monkeypatch.setattr(torch.optim, "Adam", Recorder)
+    uip.tune_users(lm, layout, rows, start, steps=1, budget=1)         # a batch for each user, the longest first
+    texts, table = distinct(TEXTS), uip.score_texts(lm, layout, distinct(TEXTS))
+    for u, gradient in zip(sorted(range(3), key=lambda u: -len(rows[u].ids)), gradients, strict=True):
+        assert_close(table.gradient[[texts.index(text) for text in TEXTS[u]]].sum(0), gradient[0].flatten(1))
+
+
+def test_tuned_users_and_text_table_find_the_same_ids():
+    *_, user, item, truth, users = planted_case(users=80)
+    lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words())
+    rows, start = [uip.pack(texts, layout) for texts in users], uip.shared_prompt(lm, 1).repeat(80, 2, 1, 1)
+    theta, _ = uip.tune_users(lm, layout, rows, start, steps=10, lr=0.03)
+    for p, k in enumerate((4, 3)):
+        *_, evidence, user, item, truth, _ = planted_case(users=80, p=p)
+        ids = uip.fit(evidence, user, item, 80, k).r.argmax(1)
+        tuned = kmeans(theta[:, p].flatten(1), k).ids
+        assert ari(ids, tuned) >= 0.8 and ari(tuned, truth[:, p]) >= 0.8
+
+
+# ------------------------------------------------------------------------------------------------------- the LLM
+
+def test_lms_that_cannot_read_packed_rows_are_refused():
+    for kind in ("llama", "gpt2", "qwen2", "mistral"):
+        uip.check_lm(tiny_lm(kind))
+        uip.check_lm(tiny_lm(kind, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
+    alibi = AutoModelForCausalLM.from_config(MptConfig(**shape, initializer_range=0.4)).eval().requires_grad_(False)
+    window = tiny_lm("mistral")
+    window.config.sliding_window = 4
+    squashed = tiny_lm()
+    forward = squashed.forward
+
+    def tanh_logits(**kwargs):
+        out = forward(**kwargs)
+        out.logits = out.logits.tanh()
+        return out
+    squashed.forward = tanh_logits
+    for wrong in (alibi, window, squashed):
+        with pytest.raises(ValueError, match="not supported"):
+            uip.check_lm(wrong)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -2255,7 +2650,8 @@ def tiny(tmp_path_factory):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -2263,908 +2659,1246 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def copy_lm(tiny, folder, **changes):
+    """A copy of the tiny LLM's folder; each named file's bytes go through a function (tokenizer_json=…)."""
+    copy = Path(shutil.copytree(tiny, folder))
+    for name, change in changes.items():
+        path = copy / name.replace("__", ".")
+        path.write_bytes(change(path.read_bytes()))
+    return copy
+
+
+def test_loaded_lm_is_frozen_and_random_weights_are_the_same_each_time(tiny):
+    lm, tokenizer = uip.load_lm(str(tiny), "float32", "cpu")
+    assert not lm.training and not any(weight.requires_grad for weight in lm.parameters()) and lm.dtype == torch.float32
+    assert tokenizer.bos_token_id == 1 and uip.load_lm(str(tiny), "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    torch.manual_seed(5)
+    again = [uip.load_lm(str(tiny), "float32", "cpu", random=True)[0] for _ in range(2)]
+    one, other = (model.get_input_embeddings().weight for model in again)
+    assert torch.equal(one, other) and not torch.equal(one, lm.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="--device cuda:99 is not here"):
+        uip.load_lm(str(tiny), device="cuda:99")
+
+
+def test_missing_or_odd_weights_are_named(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+    copy = copy_lm(tiny, tmp_path / "lm")
+    weights = load_file(copy / "model.safetensors")
+    head = weights.pop("lm_head.weight")                               # the LLM is not tied
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lack, or have in another size, lm_head.weight: get the folder again"):
+        uip.load_lm(str(copy), "float32", "cpu")
+    save_file({**weights, "lm_head.weight": head[:, :8].contiguous()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight|no causal LM"):
+        uip.load_lm(str(copy), "float32", "cpu")
+
+
+@pytest.mark.parametrize("name, change", [
+    ("tokenizer__json", lambda old: old[:len(old) // 2]), ("tokenizer__json", lambda old: b'{"model": 3}'),
+    ("config__json", lambda old: b"{}"), ("model__safetensors", lambda old: old[:1000]),
+    ("model__safetensors", lambda old: b"")])
+def test_a_broken_lm_folder_ends_in_a_sentence(tiny, tmp_path, name, change):
+    copy = copy_lm(tiny, tmp_path / "lm", **{name: change})
+    with pytest.raises(ValueError, match="holds no causal LM with tokenizer and safetensors"):
+        uip.load_lm(str(copy), "float32", "cpu")
+
+
+def test_lm_identity_sees_every_file_and_not_the_folders_name(tiny, tmp_path):
+    copy = copy_lm(tiny, tmp_path / "another name")
+    fingerprint = lambda folder: uip.lm_identity(str(folder))["fingerprint"]
+    assert fingerprint(copy) == fingerprint(tiny) and uip.lm_identity(str(copy))["name"] == str(copy)
+    assert uip.lm_identity(str(copy), random=True)["weights"] == "random"
+    (copy / "more.safetensors").write_bytes(bytes(6 << 20))
+    seen = {fingerprint(tiny), fingerprint(copy)}
+    for name in ("more.safetensors", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        content = bytearray((copy / name).read_bytes())
+        content[-1] ^= 1                                               # in the large file, far behind the first 4 MB
+        (copy / name).write_bytes(content)
+        seen.add(fingerprint(copy))
+    assert len(seen) == 7
+    last = fingerprint(copy)
+    data.write_json(copy / "source.json", {"name": "a hub's name", "revision": "1"})
+    assert uip.lm_identity(str(copy)) == {"name": "a hub's name", "revision": "1", "fingerprint": last}
+
+
+def test_the_hubs_refusals_say_what_to_do(monkeypatch):
+    import huggingface_hub
+    response = type("Response", (), {"headers": {}, "request": None, "status_code": 403})()
+    gated = huggingface_hub.errors.GatedRepoError("403 Client Error: gated", response=response)
+    for error, says in ((gated, "Accept its terms on its hub page, then log in with `hf auth login`"),
+                        (OSError("401 Client Error"), "wrong id, or no network.*log in with `hf auth login`"),
+                        (RuntimeError("odd"), "wrong id, or no network")):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+        with pytest.raises(OSError, match=says) as found:
+            uip.load_lm("meta-llama/Llama-2-7b-hf")
+        assert data.error_exit(found.value)[0] == 3
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
 @pytest.fixture(scope="session")
 def planted_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data.main(["planted", "--out", str(folder), "--users", "30", "--evidence", "2", "--k-item", "1"])
+    data.main(["planted", "--out", str(folder), "--users", "60"])
     return folder
 
 
-def fit_args(data_folder, lm, out, *more):
-    return ["fit", "--data", str(data_folder), "--lm", str(lm), "--out", str(out), "--dtype", "float32", "--shard", "8",
-            "--steps", "2", *more]
+USERS = ["--exact-users", "--kinds", "price", "--steps", "1"]
 
 
-def code_of(module, argv):
+def fit_args(folder, lm, out, *more):
+    return ["fit", "--data", str(folder), "--lm", str(lm), "--out", str(out), "--dtype", "float32", "--part", "64",
+            *more]
+
+
+def infer_args(profiles, folder, lm, out, *more):
+    return ["infer", "--profiles", str(profiles), *fit_args(folder, lm, out, *more)[1:]]
+
+
+def code_of(argv):
     """Exit code and message of a command, run in this process."""
     try:
-        module.main(argv)
-    except module.Fault as fault:
-        return fault.code, str(fault)
+        uip.main(argv)
     except SystemExit as stop:
         return stop.code, ""
+    except (Exception, KeyboardInterrupt) as error:
+        found = data.error_exit(error)
+        if found is None:
+            raise
+        return found
     return 0, ""
 
 
-def edited(folder, tmp_path, **changes):
-    """A copy of a data folder with evidence.jsonl or meta.json changed by a function of its text."""
-    copy = shutil.copytree(folder, tmp_path / "edited")
-    for name, change in changes.items():
-        path = copy / {"evidence": "evidence.jsonl", "meta": "meta.json"}[name]
-        path.write_text(change(path.read_text()))
-    return copy
+@pytest.fixture(scope="session")
+def fitted(tiny, planted_folder, tmp_path_factory):
+    """A fitted folder, to be read only."""
+    out = tmp_path_factory.mktemp("fit")
+    uip.main(fit_args(planted_folder, tiny, out))
+    return out
 
 
-def test_fit_infer_and_a_user_without_evidence(tiny, planted_folder, tmp_path):
-    first = json.loads((planted_folder / "evidence.jsonl").read_text().splitlines()[0])["user"]
-    bare = edited(planted_folder, tmp_path, evidence=lambda text: json.dumps({"user": first, "evidence": {}}) + "\n"
-                  + "".join(text.splitlines(True)[1:]))
-    uip.main(fit_args(bare, tiny, tmp_path / "fit"))
-    found = np.load(tmp_path / "fit" / "profiles.npz", allow_pickle=False)
-    assert found["theta"].shape == (30, 2, 16) and found["theta"].dtype == np.float32
-    assert found["names"].tolist() == ["hobby", "background"] and found["mu_0"].shape == (4, 16)
-    assert found["empty"].tolist() == [True] + [False] * 29
-    assert found["ids"][0].tolist() == [found["pi_0"].argmax(), found["pi_1"].argmax()]      # the prior's largest code
-    meta = json.loads((tmp_path / "fit" / "meta.json").read_text())
-    assert meta["empty"] == 1 and len(meta["F"]) == 3 and sorted(meta["tokens"]) == ["background", "hobby"]
-    assert not list((tmp_path / "fit").glob("shard_*"))
-    uip.main(["infer", "--profiles", str(tmp_path / "fit"), *fit_args(planted_folder, tiny, tmp_path / "new")[1:-2]])
-    new = np.load(tmp_path / "new" / "profiles.npz", allow_pickle=False)
-    assert all(np.array_equal(new[f"mu_{p}"], found[f"mu_{p}"]) for p in (0, 1)) and not new["empty"].any()
+@pytest.fixture
+def no_lm(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the LLM was loaded")
+    monkeypatch.setattr(uip, "load_lm", refuse)
 
 
-def test_m_step_draws_from_its_own_seed_alone():
-    """On data without clusters k-means ends where it starts from: equal seeds agree whatever was drawn before, others do not."""
-    theta = torch.randn(300, 2, 1, 16, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for run, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(run)
-        np.random.seed(run)
-        found[run] = uip.m_step(theta, [8, 8], None, seed)[1]
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+def arrays(folder):
+    with np.load(Path(folder, "profiles.npz"), allow_pickle=False) as found:
+        return {name: found[name] for name in found.files}
 
 
-def test_ablations_leave_out_what_they_name(tiny, planted_folder, tmp_path):
-    meta = {}
-    for part in ("", *uip.ABLATIONS):
-        uip.main(fit_args(planted_folder, tiny, tmp_path / f"fit{part}", *(["--without", part] if part else [])))
-        meta[part] = json.loads((tmp_path / f"fit{part}" / "meta.json").read_text())
-        uip.main(["infer", "--profiles", str(tmp_path / f"fit{part}"), *fit_args(planted_folder, tiny, tmp_path / f"new{part}")[1:-2]])
-        found, new = (np.load(tmp_path / f"{name}{part}" / "profiles.npz") for name in ("fit", "new"))
-        if part in ("em", "tuning", "llm"):                                   # no prior yet: the users are the same to infer
-            assert len(meta[part]["trace"]) == 1 and np.array_equal(found["ids"], new["ids"])
-        assert found["theta"].shape == (30, 2, 16) and np.array_equal(found["mu_0"], new["mu_0"])
-    start = {part: one["trace"][0]["nll"] for part, one in meta.items()}
-    assert start["em"] == start[""] == start["kmeans"] and start["tuning"] == start["llm"] == 0
-    assert len({start[part] for part in ("", "views", "pretraining")}) == 3 and start["mask"] == start[""]     # one layer
-    assert meta["pretraining"]["lm"]["weights"] == "random" and meta["kmeans"]["perplexity"] != meta[""]["perplexity"]
+def meta_of(folder):
+    return json.loads(Path(folder, "meta.json").read_text())
 
 
-def test_bad_input_gets_a_sentence_and_a_code(tiny, planted_folder, tmp_path):
-    out, absent = tmp_path / "out", tmp_path / "absent"
-    cut = edited(planted_folder, tmp_path, evidence=lambda text: text[:-30])
-    odd = edited(planted_folder, tmp_path / "odd", evidence=lambda text: text.replace('"title"', '"colour"'))
-    bad = edited(planted_folder, tmp_path / "bad", meta=lambda text: "{")
-    empty = tmp_path / "empty"
+def test_fit_writes_profiles_and_a_table(fitted, planted_folder):
+    found, meta, table = arrays(fitted), meta_of(fitted), meta_of(fitted / "table")
+    truth = data.read_truth(planted_folder)
+    assert found["names"].tolist() == ["hobby", "background"] and found["users"].tolist() == truth["users"].tolist()
+    assert found["ids"].dtype == np.int32 and (found["ids"] >= 0).all() and (found["ids"].max(0) == (3, 2)).all()
+    assert found["mu_0"].shape[0] == 4 and found["mean_0"].shape == (16,)
+    assert ari(found["ids"][:, 1], truth["background"]) > 0.5          # the random LLM has one layer and reads bytes
+    for entry in meta["trace"].values():
+        assert never_falls(entry["log_likelihood"]) and entry["F"] == [] and sum(entry["usage"]) == 60
+    assert meta["table"] == "table" and meta["lm"] == table["lm"] and table["scored"] == 332
+    assert codebook.read_table(fitted / "table")[0]["gradient"].shape == (332, 2, 16)
+    assert not list(fitted.rglob("*_[0-9]*.npz")) and not (fitted / ".lock").exists()
+    assert codebook.read_profiles(fitted).books[0].pi.sum() == pytest.approx(1)
+
+
+def test_a_second_fit_reuses_the_table_and_writes_equal_bytes(fitted, tiny, planted_folder, tmp_path, capsys, no_lm):
+    shutil.copytree(fitted, tmp_path / "again")
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "again"))
+    assert "text table of 332 texts: up to date" in capsys.readouterr().out
+    assert (tmp_path / "again/profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "other", "--table", str(fitted / "table"), "--codes", "3,2"))
+    assert arrays(tmp_path / "other")["pi_0"].shape == (3,) and not (tmp_path / "other/table").exists()
+    assert (tmp_path / "other" / meta_of(tmp_path / "other")["table"]).resolve() == (fitted / "table").resolve()
+
+
+def test_fit_twice_gives_equal_bytes(fitted, tiny, planted_folder, tmp_path):
+    """A new table too, whatever torch and numpy drew before."""
+    torch.manual_seed(7)
+    np.random.seed(7)
+    uip.main(fit_args(planted_folder, tiny, tmp_path))
+    assert (tmp_path / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+
+
+def test_infer_on_the_same_users_gives_the_same_codes_without_the_lm(fitted, tiny, planted_folder, tmp_path, no_lm):
+    uip.main(infer_args(fitted, planted_folder, tiny, tmp_path))
+    new, old = arrays(tmp_path), arrays(fitted)
+    assert np.array_equal(new["ids"], old["ids"]) and np.allclose(new["probability"], old["probability"], atol=1e-6)
+    assert all(np.array_equal(new[name], old[name]) for name in old if name[-2:] in ("_0", "_1"))
+    meta = meta_of(tmp_path)
+    assert meta["command"] == "infer" and meta["settings"] == meta_of(fitted)["settings"]
+    assert meta_of(tmp_path / "table")["scored"] == 0
+
+
+def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+    data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "1"])
+    known, texts = data.read_data(planted_folder).texts, data.read_data(tmp_path / "data").texts
+    fresh, scored, honest = [text for text in texts if text not in known], [], uip.score_texts
+
+    def watched(lm, layout, texts, *args, **kwargs):
+        scored.extend(texts)
+        return honest(lm, layout, texts, *args, **kwargs)
+    monkeypatch.setattr(uip, "score_texts", watched)
+    uip.main(infer_args(fitted, tmp_path / "data", tiny, tmp_path / "new"))
+    assert 0 < len(fresh) < len(texts) and scored == fresh and meta_of(tmp_path / "new/table")["scored"] == len(fresh)
+    uip.main(fit_args(tmp_path / "data", tiny, tmp_path / "fit"))
+    want, found = (codebook.read_table(tmp_path / name / "table")[0] for name in ("fit", "new"))
+    for name in want:
+        assert_close(torch.from_numpy(np.array(found[name])), torch.from_numpy(np.array(want[name])))
+    assert (arrays(tmp_path / "new")["ids"] >= 0).all() and len(arrays(tmp_path / "new")["ids"]) == 20
+    uip.main(infer_args(tmp_path / "new", tmp_path / "data", tiny, tmp_path / "newer"))     # from what infer wrote
+    assert np.array_equal(arrays(tmp_path / "newer")["ids"], arrays(tmp_path / "new")["ids"])
+
+
+def test_users_without_evidence_get_no_id(fitted, tiny, tmp_path):
+    shop = data.planted(users=30)
+    blank = dict.fromkeys(shop.attributes[0])                          # an item of which nothing is known
+    item = np.where(shop.user == 3, len(shop.items), shop.item)
+    time = np.where(shop.user == 3, np.arange(len(item)), shop.time)
+    shop = shop._replace(items=np.append(shop.items, "blank"), attributes=[*shop.attributes, blank], item=item,
+                         time=time)
+    data.write_data(tmp_path / "data", "planted", shop, data.LAYOUTS["planted"])
+    bare = shop.users[3]
+    uip.main(fit_args(tmp_path / "data", tiny, tmp_path / "fit"))
+    uip.main(infer_args(tmp_path / "fit", tmp_path / "data", tiny, tmp_path / "new"))
+    for name in ("fit", "new"):
+        found = arrays(tmp_path / name)
+        row = found["users"].tolist().index(bare)
+        assert found["ids"][row].tolist() == [-1, -1] and found["probability"][row].tolist() == [0, 0]
+        assert (np.delete(found["ids"], row, 0) >= 0).all()
+    assert np.array_equal(arrays(tmp_path / "fit")["ids"], arrays(tmp_path / "new")["ids"])
+
+
+def test_exact_users_tune_each_user(fitted, tiny, planted_folder, tmp_path, capsys):
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit", *USERS, "--table", str(fitted / "table")))
+    found = arrays(tmp_path / "fit")
+    assert "per-user tuning: −log P(B|θ)" in capsys.readouterr().out and not list((tmp_path / "fit").glob("users_*"))
+    assert (found["ids"] >= 0).all() and found["mu_0"].shape == (4, 16) and found["pi_1"].sum() == pytest.approx(1)
+    assert ari(found["ids"][:, 1], data.read_truth(planted_folder)["background"]) > 0.5
+    code, said = code_of(infer_args(tmp_path / "fit", planted_folder, tiny, tmp_path / "new"))
+    assert code == 2 and "no closed form for new users" in said
+
+
+def test_exact_rounds_climb(fitted, tiny, planted_folder, tmp_path):
+    more = ["--exact-rounds", "1", "--kinds", "category,price", "--table", str(fitted / "table"), "--guide"]
+    uip.main(fit_args(planted_folder, tiny, tmp_path, *more))
+    for entry in meta_of(tmp_path)["trace"].values():
+        assert len(entry["F"]) == 2 and entry["F"][1] > entry["F"][0]
+        assert list(entry["guide"]) == ["2", "4", "8", "16", "32"]
+
+
+def test_ablations_leave_out_what_they_name(fitted, tiny, planted_folder, tmp_path):
+    plain, seen = arrays(fitted), set()
+    for part in (*uip.IN_TABLE, *codebook.MEASUREMENT, *uip.IN_QUANTISER):
+        share = [] if part in uip.IN_TABLE else ["--table", str(fitted / "table")]
+        uip.main(fit_args(planted_folder, tiny, tmp_path / part, "--without", part, *share))
+        uip.main(infer_args(tmp_path / part, planted_folder, tiny, tmp_path / f"{part} new"))
+        found, meta = arrays(tmp_path / part), meta_of(tmp_path / part)
+        assert np.array_equal(found["ids"], arrays(tmp_path / f"{part} new")["ids"])
+        assert meta["settings"]["without"] == part
+        assert found["mu_0"].tobytes() != plain["mu_0"].tobytes() or part == "mask"          # hobby's name comes first
+        assert found["mu_1"].tobytes() != plain["mu_1"].tobytes() or part == "mask"          # of one layer: no use
+        assert (meta["lm"].get("weights") == "random") == (part == "pretraining")
+        assert (len(meta["trace"]["hobby"]["log_likelihood"]) == 0) == (part == "em")
+        seen.add(found["mu_1"].tobytes())
+    assert len(seen) == 9
+
+
+def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+    out, absent, bad, empty = tmp_path / "out", tmp_path / "absent", tmp_path / "bad", tmp_path / "empty"
+    shutil.copytree(planted_folder, bad)
+    (bad / "texts.jsonl").write_bytes((bad / "texts.jsonl").read_bytes()[:-30])
     empty.mkdir()
-    (empty / "config.json").write_text("{}")
+    (tmp_path / "file.safetensors").write_bytes(b"")
+    fit = lambda *more: fit_args(planted_folder, tiny, out, "--table", str(fitted / "table"), *more)
     for argv, code, words in (
-            (fit_args(absent, tiny, out), 4, "absent"),
-            (fit_args(cut, tiny, out), 4, "evidence.jsonl, line 30"),
-            (fit_args(odd, tiny, out), 4, "colour"),
-            (fit_args(bad, tiny, out), 4, "meta.json cannot be read"),
+            (fit_args(absent, tiny, out), 4, "absent/meta.json is missing"),
+            (fit_args(bad, tiny, out), 4, "texts.jsonl is not the one that meta.json records"),
             (fit_args(planted_folder, empty, out), 4, "no causal LM"),
-            (fit_args(planted_folder, absent, out), 2, "no such folder"),
-            (fit_args(planted_folder, tiny, out, "--codes", "4,31"), 2, "more codes than the 30 users"),
-            (fit_args(planted_folder, tiny, out, "--codes", "4"), 2, "1 numbers for 2 profiles"),
-            (fit_args(planted_folder, tiny, out, "--codes", "4,0"), 2, ""),
-            (fit_args(planted_folder, tiny, out, "--lr", "nan"), 2, ""),
-            (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 2, "cuda:99 is not here"),
-            (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 2, "meta.json"),
-            (["infer", "--profiles", str(absent), *fit_args(planted_folder, tiny, out)[1:-2]], 4, "absent")):
-        found, message = code_of(uip, argv)
+            (fit_args(planted_folder, absent, out), 4, "no such folder"),
+            (fit_args(planted_folder, tmp_path / "file.safetensors", out), 4, "no such folder (a folder with config"),
+            (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 4, "cuda:99 is not here"),
+            (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 3, "meta.json"),
+            (fit("--codes", "4"), 2, "1 numbers for 2 profiles, hobby, background"),
+            (fit("--codes", "4,0"), 2, ""), (fit("--codes", "4,x"), 2, ""), (fit("--codes", ""), 2, ""),
+            (fit("--lr", "nan"), 2, ""), (fit("--without", "luck"), 2, ""), (fit("--part", "0"), 2, ""),
+            (fit("--kinds", "title,colour"), 4, "has no texts of kind colour: it has title, category, price"),
+            (fit("--kinds", "price"), 4, "no user has evidence of this profile"),
+            (fit("--without", "tuning", "--exact-rounds", "1"), 2, "--exact-rounds"),
+            (infer_args(absent, planted_folder, tiny, out), 4, "absent"),
+            (infer_args(planted_folder, planted_folder, tiny, out), 4, "meta.json lacks settings"),
+            (infer_args(fitted, planted_folder, tiny, fitted), 2, "--out must not be --profiles")):
+        found, message = code_of(argv)
         assert found == code and words in message, (argv, found, message)
     assert not (out / "profiles.npz").exists()
-
-
-def test_bench_prints_json_and_grows(tiny, planted_folder, tmp_path, capsys):
-    words = ["bench", "--data", str(planted_folder), "--lm", str(tiny), "--dtype", "float32", "--users", "4"]
-    uip.main([*words, "--naive", "2", "--repeat", "1", "--out", str(tmp_path / "em.json")])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == json.loads((tmp_path / "em.json").read_text()) and last["naive_users"] == 2
-    assert min(last[key] for key in ("of_limit", "vs_naive", "vs_naive_same_dtype", "tokens_per_s", "peak_mb")) > 0
-    assert last["ms_per_user"] == pytest.approx(1e3 * last["tokens"] / last["tokens_per_s"] / 4, rel=0.05)
-    for way in ("naive_same_dtype", "e_step"):                        # shares of the time, the largest among them
-        assert 0.2 < sum(one[way] for one in last["profile"]) <= 1.001 and min(one[way] for one in last["profile"]) >= 0
-    uip.main([*words, "--grow"])
-    grown = json.loads(capsys.readouterr().out.splitlines()[-1])["grow"]
-    assert [one["users"] for one in grown] == [4, 16, 64] and grown[0]["peak_mb"] <= grown[2]["peak_mb"]
-
-
-def test_unknown_lm_and_no_network_end_in_a_sentence(planted_folder, tmp_path):
-    """In a process of its own: exit code 3, one line, no traceback."""
-    done = subprocess.run([sys.executable, "uip.py", *fit_args(planted_folder, "no-such-org/no-such-lm", tmp_path / "out")],
-                          cwd=HERE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    assert done.returncode == 3 and "no-such-org/no-such-lm" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_gated_lm_says_how_to_get_access(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("You are trying to access a gated repo. 403 Client Error.")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
-    with pytest.raises(uip.Fault, match="Accept its terms") as fault:
-        uip.load_lm("meta-llama/Llama-2-7b-hf")
-    assert fault.value.code == 3
-
-
-def test_lms_that_cannot_read_packed_rows_are_refused():
-    for kind in ("llama", "gpt2"):
-        uip.check_lm(tiny_lm(kind))
-        uip.check_lm(tiny_lm(kind, dtype=torch.bfloat16))
-    torch.manual_seed(0)
-    shape = dict(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
-    alibi = AutoModelForCausalLM.from_config(MptConfig(**shape, initializer_range=0.4)).eval().requires_grad_(False)
-    lm = tiny_lm("llama")
-    forward = lm.forward
-    lm.forward = lambda **kwargs: (lambda out: (setattr(out, "logits", out.logits.tanh()), out)[1])(forward(**kwargs))
-    for wrong in (alibi, lm):
-        with pytest.raises(uip.Fault, match="not supported") as fault:
-            uip.check_lm(wrong)
-        assert fault.value.code == 4
-
-
-def test_infer_refuses_another_lm_and_its_own_source(tiny, planted_folder, tmp_path):
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit"))
-    other = shutil.copytree(tiny, tmp_path / "other")
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny).config).save_pretrained(other)
-    infer = lambda lm, out: ["infer", "--profiles", str(tmp_path / "fit"), *fit_args(planted_folder, lm, out)[1:-2]]
-    assert code_of(uip, infer(other, tmp_path / "new"))[0] == 4
-    assert code_of(uip, infer(tiny, tmp_path / "fit"))[0] == 2
-    assert code_of(uip, ["infer", "--profiles", str(planted_folder), *infer(tiny, tmp_path / "new")[3:]])[0] == 4
-
-
-def test_other_settings_over_half_a_run_are_refused(tiny, planted_folder, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "settings.json").write_text(json.dumps({"lr": 0.5}))
-    (out / "shard_0_00000.pt").write_bytes(b"half")
-    assert code_of(uip, fit_args(planted_folder, tiny, out))[0] == 2
-    uip.main(fit_args(planted_folder, tiny, out, "--restart"))
-    assert (out / "profiles.npz").exists()
-
-
-def test_half_a_run_is_not_gone_on_with_what_has_changed(tiny, planted_folder, tmp_path, monkeypatch):
-    """Other evidence (meta.json untouched), tokenizer, weights, settings or code: each refused by name, nothing mixed."""
-    lm, shop = shutil.copytree(tiny, tmp_path / "lm"), shutil.copytree(planted_folder, tmp_path / "data")
-    out = tmp_path / "out"
-    honest, calls = uip.e_step, []
-    monkeypatch.setattr(uip, "e_step", lambda *args, **kwargs: calls.append(1) or (
-        honest(*args, **kwargs) if len(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt)))
-    with pytest.raises(KeyboardInterrupt):
-        uip.main(fit_args(shop, lm, out))
-    monkeypatch.undo()
-    shards = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sum(name.startswith("shard_") for name in shards) == 2
-    evidence, weights = shop / "evidence.jsonl", lm / "model.safetensors"
-    for path, change, says in ((evidence, lambda old: old.replace(b"u0", b"v0", 1), "data: "),
-                               (lm / "tokenizer_config.json", lambda old: old + b"\n", "lm: "),
-                               (weights, lambda old: old[:-1] + bytes([old[-1] ^ 1]), "lm: ")):
-        old = path.read_bytes()
-        path.write_bytes(change(old))
-        code, message = code_of(uip, fit_args(shop, lm, out))
-        assert code == 2 and says in message and "--restart" in message, (path, message)
-        path.write_bytes(old)
-    assert "lr: " in code_of(uip, fit_args(shop, lm, out, "--lr", "0.5"))[1]
-    monkeypatch.setattr(uip, "code", lambda: "another version")
-    assert "code: " in code_of(uip, fit_args(shop, lm, out))[1]
-    monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == shards
-    uip.main(fit_args(shop, lm, out))
-    assert (out / "profiles.npz").exists()
-
-
-# A process that has imported everything forks one child a trial: a kill hits the work, not the start of Python.
-
-CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir")
-
-
-def arm(at, strike, names=CHANGES):
-    """strike() before the at-th change to the disk; → the list whose length is the number of changes so far."""
-    count = []
-
-    def watched(honest, *args, **kwargs):
-        count.append(1)
-        if len(count) == at:
-            strike()
-        return honest(*args, **kwargs)
-    for name in names:
-        setattr(os, name, partial(watched, getattr(os, name)))
-    return count
-
-
-def full():
-    raise OSError(28, "No space left on device")
-
-
-def child(call, said, prepare=lambda: None):
-    """Forks; call() runs as a command does, and what it says goes to the file `said`. → pid."""
-    sys.stdout.flush()
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(tell), os.read(ready, 1), os.close(ready)
-        return pid
-    code = 99                                                        # a traceback
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(120)                                            # a hang is a loss
-        null, log = os.open(os.devnull, os.O_WRONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(null, 1), os.dup2(log, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
-        count = prepare()
-        os.write(tell, b"!")
-        call()
-        code = 0
-        if count is not None:
-            Path(said).write_text(str(len(count)))
-    except (uip.Fault, data.Fault, ctr.Fault) as fault:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(fault, file=sys.stderr)
-        code = fault.code
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def strike_at_random(call, out, whole, fault, draw, seconds, changes, begin, still=lambda: None):
-    """Trials of one command and one fault, until ten did strike → counts. `still` must hold right after the fault."""
-    found, said = {"trials": 0, "resumed": 0, "lost": 0, "why": []}, out.with_name("said")
-    sizes = [len(content) for content in whole.values()]
-    while found["trials"] < 10:
-        shutil.rmtree(out, ignore_errors=True)
-        begin()
-        at, limit = draw.randrange(1, changes + 1), draw.randrange(1, max(sizes))
-        if fault == "disk full":
-            pid = child(call, said, (lambda: arm(at, full, ("fsync", "mkdir")) and None) if draw.random() < 0.5 else
-                        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
-        elif draw.random() < 0.5:
-            pid = child(call, said, lambda: arm(at, lambda: os.kill(os.getpid(), getattr(signal, fault))) and None)
-        else:
-            pid = child(call, said)
-            time.sleep(draw.uniform(0, seconds))
-            os.kill(pid, getattr(signal, fault))
-        code, words = ended(pid), said.read_text()
-        if code == 0:                                                # it was too late to strike
-            continue
-        found["trials"] += 1
-        try:
-            expected = {"SIGKILL": (-9,), "SIGTERM": (-15,), "SIGINT": (130, -2), "disk full": (2, 3)}
-            assert code in expected[fault], (code, words)
-            still()
-            assert ended(child(call, said)) == 0, said.read_text()
-            got = outcome(out)
-            assert got == whole, [name for name in {*got, *whole} if got.get(name) != whole.get(name)]
-            found["resumed"] += 1
-        except (AssertionError, *(module.Fault for module in (uip, data, ctr))) as why:
-            found["lost"] += 1
-            found["why"].append(f"{fault} before change {at} of {changes}, or at limit {limit}: {why}")
-    return found
-
-
-def serve(port_file):
-    """A server in a process of its own that dribbles BODY, Range honoured. → (pid, url)"""
-    class Handler(BaseHTTPRequestHandler):
-        log_message = lambda *_: None
-
-        def do_GET(self):
-            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            self.send_response(416 if start >= len(BODY) else 206 if start else 200)
-            if start >= len(BODY):
-                self.send_header("Content-Range", f"bytes */{len(BODY)}")
-                return self.end_headers()
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
-            self.send_header("Content-Length", str(len(BODY) - start))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                for at in range(start, len(BODY), 4096):
-                    self.wfile.write(BODY[at:at + 4096])
-                    time.sleep(0.005)
-
-    httpd, parent = ThreadingHTTPServer(("127.0.0.1", 0), Handler), os.getpid()
-    httpd.timeout, pid = 0.5, os.fork()
-    if not pid:
-        while os.getppid() == parent:                                # not for longer: it holds the test's output open
-            httpd.handle_request()
-        os._exit(0)
-    return pid, f"http://127.0.0.1:{httpd.server_port}"
-
-
-class Script:
-    """reproduce.sh with a python that asks this process to fork: all it does is real but the start of Python."""
-
-    def __init__(self, folder, lm_folder):
-        self.home, self.said, self.pids = folder / "kit", folder / "said", []
-        (self.home / ".venv" / "bin").mkdir(parents=True)
-        for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
-            shutil.copy(HERE / name, self.home)
-        self.door = socket.socket(socket.AF_UNIX)
-        self.door.bind(str(folder / "door"))
-        self.door.listen()
-        self.door.settimeout(0.02)
-        python = self.home / ".venv" / "bin" / "python"
-        python.write_text(f"""#!{sys.executable} -SE
-import json, os, socket, sys
-if not sys.argv[1].endswith(".py"): sys.exit()
-door = socket.socket(socket.AF_UNIX)
-door.connect({str(folder / "door")!r})
-socket.send_fds(door, [json.dumps([sys.argv[1:], os.getpgrp()]).encode()], [1, 2])
-sys.exit(int(door.recv(9) or 137))
-""")
-        python.chmod(0o755)
-        self.env = {**os.environ, "VENV": ".venv", "LM": str(lm_folder), "USERS": "30", "SEEDS": "1", "MODELS": "lr",
-                    "DTYPE": "float32", "DEVICE": "cpu"}
-
-    def clean(self):
-        for name in ("runs", "results"):
-            shutil.rmtree(self.home / name, ignore_errors=True)
-
-    def outcome(self):
-        """What the run left, but for logs, seconds and stamps."""
-        found = {**outcome(self.home / "results"), **outcome(self.home / "runs")}
-        found["demo/summary.json"] = {**json.loads(found["demo/summary.json"]), "seconds": None}
-        facts = (".log", "seconds", "seconds.json", ".exit")
-        return {name: value for name, value in found.items() if not name.endswith(facts)}
-
-    def fork(self, full_in, at):
-        """One call of python: a child in the stage's process group, which sends its exit code."""
-        line, _ = self.door.accept()
-        self.calls += 1
-        disk = (lambda: arm(at, full, ("fsync", "mkdir")) and None) if self.calls == full_in else lambda: None
-        words, fds, *_ = socket.recv_fds(line, 65536, 2)
-        argv, group = json.loads(words)
-
-        def call():
-            os.setpgid(0, group)
-            os.dup2(fds[0], 1), os.dup2(fds[1], 2)
-            os.chdir(self.home)
-            try:
-                {"uip.py": uip, "data.py": data, "codebook.py": codebook, "ctr.py": ctr}[argv[0]].main(argv[1:])
-                line.send(b"0")
-            except (uip.Fault, data.Fault, ctr.Fault) as fault:
-                line.send(str(fault.code).encode())
-                raise
-        self.pids.append(child(call, self.said.with_name("unused"), disk))
-        line.close()
-        for fd in fds:
-            os.close(fd)
-        return group
-
-    def run(self, number=None, seconds=math.inf, full_in=0, at=0):
-        """The script, and `number` to it after so many seconds; SIGKILL hits all that it started too. → its exit code
-
-        Or the disk is full at the at-th change that the full_in-th call of python makes.
-        """
-        self.settle()
-        self.calls = 0
-        with open(self.said, "w") as said:
-            run = subprocess.Popen(["bash", "reproduce.sh", "table"], cwd=self.home, env=self.env, stdout=said, stderr=said)
-        end, groups = time.time() + seconds, set()
-        while run.poll() is None:
-            if time.time() > end:
-                end = math.inf
-                run.send_signal(number)
-                for group in groups if number == signal.SIGKILL else ():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(group, number)
-            with contextlib.suppress(TimeoutError):
-                groups.add(self.fork(full_in, at))
-            self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]     # the zombies' end
-        self.settle()
-        return run.returncode
-
-    def settle(self):
-        """Nothing of a run reaches into the next: calls of a python that was killed before the fork are hung up on."""
-        with contextlib.suppress(TimeoutError):
-            while True:
-                self.door.accept()[0].close()
-        for pid in self.pids:
-            os.waitpid(pid, 0)
-        self.pids = []
-
-
-def drive(folder, lm_folder, data_folder):
-    """All trials → folder/faults.json. A process of its own, with one thread."""
-    folder, inputs, out = Path(folder), Path(folder) / "in", Path(folder) / "work" / "out"
-    out.parent.mkdir()
-    for module in (uip, codebook, data, ctr):                        # tqdm's own lock is shared with forked processes: one
-        module.Progress.set_lock(threading.RLock())                  # killed while it holds it would stop all others
-    loaded = uip.load_lm(lm_folder, "float32", "cpu")
-    uip.load_lm = lambda *args, **how: loaded
-    quick = ["--seeds", "2", "--epochs", "4", "--device", "cpu"]
-    fit = lambda where, *more: uip.main(fit_args(data_folder, lm_folder, where, "--shard", "4", *more))
-    shop, profiles, bank = (inputs / name for name in ("shop", "profiles", "bank"))
-    pid, url = serve(folder)
-    os.environ["UIP_MIRROR"], data.PAUSE = url, 0.01
-
-    def fetch():
-        try:
-            data.download("https://host.invalid/f.bin", out / "f.bin", SHA)
-        except OSError as error:                                     # as data.main does
-            raise data.Fault(3, str(error)) from None
-
-    def old_bank():
-        make_bank(out, 2000)
-
-    def some_bank():
-        assert len(Bank.open(out).keys) in (30, 2000)
-
-    for step in (lambda: fit(profiles), lambda: ctr_data(shop, users=20),
-                 lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(bank)])):
-        assert ended(child(step, folder / "said")) == 0, (folder / "said").read_text()
-    commands = {
-        "data.py, a download": (fetch, {}),
-        "data.py planted": (lambda: data.main(["planted", "--out", str(out), "--users", "60"]), {}),
-        "uip.py fit": (lambda: fit(out), {}),
-        "uip.py infer": (lambda: uip.main(["infer", "--profiles", str(profiles),
-                                           *fit_args(data_folder, lm_folder, out)[1:-2]]), {}),
-        "codebook.py bank": (lambda: codebook.main(["bank", "--profiles", str(profiles), "--out", str(out)]),
-                             {"begin": old_bank, "still": some_bank}),
-        "ctr.py run": (lambda: ctr.main(["run", "--data", str(shop), "--models", "lr,deepfm", "--features",
-                                         "none,random,stats", "--out", str(out), *quick]), {})}
-    results = {}
-    for name, (call, how) in commands.items():
-        began = time.time()
-        how = {"begin": lambda: None, **how}
-        how["begin"]()
-        assert ended(child(call, folder / "said", lambda: arm(0, full))) == 0, (folder / "said").read_text()
-        seconds, changes, whole = time.time() - began, int((folder / "said").read_text()), outcome(out)
-        for fault in ("SIGKILL", "SIGTERM", "SIGINT", "disk full"):
-            results.setdefault(fault, {})[name] = strike_at_random(
-                call, out, whole, fault, random.Random(f"{name} {fault}"), seconds, changes, **how)
-        print(name, round(time.time() - began, 1), flush=True)
-        shutil.rmtree(out)
-    os.kill(pid, signal.SIGKILL)
-    script = Script(folder, lm_folder)
-    began = time.time()
-    assert script.run() == 0, script.said.read_text()
-    seconds, whole, calls = time.time() - began, script.outcome(), script.calls
-    for fault in ("SIGKILL", "SIGTERM", "SIGINT", "disk full"):
-        draw, found = random.Random(fault), {"trials": 0, "resumed": 0, "lost": 0, "why": []}
-        while found["trials"] < 10:
-            script.clean()
-            if fault == "disk full":
-                code = script.run(full_in=draw.randrange(1, calls + 1), at=draw.randrange(1, 8))
-            else:
-                code = script.run(getattr(signal, fault), draw.uniform(0, seconds))
-            if code:
-                found["trials"] += 1
-                codes = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2),     # negative: before its traps
-                         "disk full": (2, 3)}
-                good = code in codes[fault] and script.run() == 0
-                found["resumed" if good and script.outcome() == whole else "lost"] += 1
-                if found["lost"] > len(found["why"]):
-                    left = script.outcome() if good else {}
-                    differ = sorted(name for name in {*left, *whole} if left.get(name) != whole.get(name))
-                    found["why"].append(f"exit {code}, then {differ[:5]}: {script.said.read_text()[-500:]}")
-        results[fault]["reproduce.sh"] = found
-    print("reproduce.sh", round(time.time() - began, 1), flush=True)
-    codebook.write_text(folder / "faults.json", codebook.as_json(results))
-
-
-@pytest.mark.slow
-def test_faults_at_random_moments_lose_nothing(tiny, planted_folder, tmp_path):
-    """Each command, struck ten times by each fault, some between two changes to the disk, some by the clock."""
-    run = subprocess.run([sys.executable, "-c", f"import test_uip; test_uip.drive({str(tmp_path)!r}, {str(tiny)!r}, "
-                          f"{str(planted_folder)!r})"], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                         stdout=subprocess.PIPE, text=True)
-    print(run.stdout)
-    assert run.returncode == 0
-    results = json.loads((tmp_path / "faults.json").read_text())
-    for fault, commands in results.items():
-        for command, found in commands.items():
-            assert found["trials"] >= 10 and found["lost"] == 0, (fault, command, found)
-    if os.environ.get("UIP_FAULTS"):
-        shutil.copy(tmp_path / "faults.json", os.environ["UIP_FAULTS"])
-
-
-@pytest.mark.parametrize("module", [uip, codebook, data, ctr])
-def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(module, tmp_path):
-    path = tmp_path / "out" / ".lock"
-    program = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path;"
-    with module.alone(path):
-        with pytest.raises(module.Fault, match=f"process {os.getpid()} on .* since 20") as fault:
-            with module.alone(path):
-                pass
-        assert fault.value.code == 2
-    assert not path.exists()                                         # nothing stays behind
-    program += f"import {module.__name__} as m\nwith m.alone(Path({str(path)!r})): print(1, flush=True); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(module.Fault, match=f"process {other.pid} "):
-        with module.alone(path):
-            pass
-    other.kill()
-    other.wait()
-    with module.alone(path):
-        assert f"process {os.getpid()} " in path.read_text()
-    other.stdout.close()
-
-
-def test_every_command_that_writes_a_folder_takes_its_lock(tiny, planted_folder, tmp_path):
-    """Held by another: exit 2, and not a byte is written."""
-    profiles, shop = tiny_folders(tmp_path)
-    bank, runs = ctr_bank(tmp_path / "other"), ctr_data(tmp_path / "rows")
-    out = tmp_path / "out"
-    for module, argv, lock in (
-            (uip, fit_args(planted_folder, tiny, out), out / ".lock"),
-            (data, ["planted", "--out", str(out)], out / ".lock"),
-            (data, ["lm", "--out", str(out)], tmp_path / "out.lock"),
-            (codebook, ["bank", "--profiles", str(profiles), "--out", str(out)], tmp_path / "out.lock"),
-            (ctr, ["run", "--data", str(runs), "--bank", str(bank), "--models", "lr", "--out", str(out)], out / ".lock")):
-        with codebook.alone(lock):
-            code, message = code_of(module, argv)
-            assert code == 2 and f"process {os.getpid()} on" in message, argv
-            assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
-
-
-def test_readers_see_the_old_bank_or_the_new_one(tmp_path, monkeypatch):
-    """A look at every step of a replacement: never a mix, never nothing; and a build killed at any step loses no bank."""
-    bank, users, codes = make_bank(tmp_path / "bank")
-    names, seen = [f"user{i}" for i in range(3000)], []
-
-    def look():
-        found = Bank.open(tmp_path / "bank")
-        assert len(found.keys) in (2000, 3000) and (found.meta["lm"] == "new") == (len(found.keys) == 3000)
-        about = ctr.read_bank(tmp_path / "bank", np.array(users)).about
-        assert about["users"] == len(found.keys)
-        return len(found.keys)
-
-    class Killed(BaseException):
-        pass
-
-    for step in range(1, 100):
-        left = [step]
-
-        def watched(honest, *args, **kwargs):
-            seen.append(look())
-            left[0] -= 1
-            if not left[0]:
-                raise Killed
-            return honest(*args, **kwargs)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", partial(watched, os.replace))
-            patch.setattr(os, "rename", partial(watched, os.rename))
-            patch.setattr(os, "fsync", partial(watched, os.fsync))
-            patch.setattr(os, "unlink", partial(watched, os.unlink))
-            try:
-                Bank.build(tmp_path / "bank", names, np.ones((3000, 2), int), {"names": ["a", "b"], "lm": "new"})
-                break
-            except Killed:
-                look()
-            make_bank(tmp_path / "bank")                                # the next build: a bank is there all the time, too
-        assert look() == 2000
-    assert set(seen) == {2000, 3000} and step > 6 and look() == 3000
-    assert bank.lookup(users[:9]).tolist() == codes[:9].tolist()        # the one that was open all along
-    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
-
-
-def test_every_folder_says_what_made_it_and_verify_finds_what_changed(tiny, planted_folder, tmp_path):
-    out = {name: tmp_path / name for name in ("data", "profiles", "bank", "results")}
-    shutil.copytree(planted_folder, out["data"])
-    uip.main(fit_args(out["data"], tiny, out["profiles"]))
-    codebook.main(["bank", "--profiles", str(out["profiles"]), "--out", str(out["bank"])])
-    ctr.main(["run", "--data", str(out["data"]), "--bank", str(out["bank"]), "--models", "lr", "--features", "none,userip",
-              "--seeds", "1", "--out", str(out["results"])])
-    for name, folder in out.items():
-        meta = json.loads((folder / "meta.json").read_text())
-        assert set(meta["run"]) >= {"command", "seconds", "started", "peak_mb", "machine", "versions"}, name
-        assert set(meta["run"]["versions"]) >= {"python", "numpy", *(("torch", "transformers") if name != "data" else ())}
-        assert meta["run"]["peak_mb"] > 0 and meta["run"]["machine"]["processor"] and len(meta["code_sha256"]) == 64
-        assert set(meta) >= {"settings", "lm", "data_sha256"} or "config" in meta
-        codebook.main(["verify", str(folder)])
-    assert not any((folder / ".lock").exists() for folder in out.values())
-    codebook.main(["verify", *map(str, out.values())])
-    own = ("meta.json", "settings.json")
-    for path in [path for folder in out.values() for path in folder.iterdir() if path.name not in own]:
-        good = path.read_bytes()
-        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        code, message = code_of(codebook, ["verify", str(path.parent)])
-        assert code == 4 and str(path) in message
-        path.unlink()
-        assert code_of(codebook, ["verify", str(path.parent)])[0] == 4
-        path.write_bytes(good)
-    (out["bank"] / "meta.json").write_text((out["bank"] / "meta.json").read_text().replace("hobby", "hubby"))
-    assert code_of(codebook, ["verify", str(out["bank"])])[0] == 4
-    (out["data"] / "meta.json").write_text('{"sha256": {"../profiles/profiles.npz": "0"}}')
-    assert code_of(codebook, ["verify", str(out["data"])])[0] == 4
-
-
-# ------------------------------------------------------------------------------------------------ hostile files
-
-NASTY = [None, True, -1, 0, 10**12, -10**30, 1e308, math.nan, math.inf, "", "x", "\0", "\ud800", "nan", "x" * 5000, [], {}, [[]],
-         {"": {}}, [None], ["a"] * 50, json.loads("[" * 300 + "]" * 300), 3.5, "../../etc/passwd"]
-
-
-def spoil_bytes(draw, content):
-    """Cut, flipped, doubled, overwritten, or stuffed with what is no UTF-8."""
-    bad, at = bytearray(content), draw.randrange(len(content))
-    for _ in range(draw.choice([1, 1, 2, 8])):
-        kind, at = draw.randrange(6), min(at, len(bad))
-        if kind == 0:
-            del bad[at:]
-        elif kind == 1 and at < len(bad):
-            bad[at] ^= 1 << draw.randrange(8)
-        elif kind == 2:
-            bad[at:at] = bad[at:at + draw.randrange(1, 99)]
-        elif kind == 3:
-            bad[at:at + draw.randrange(1, 9)] = draw.randbytes(draw.randrange(1, 9))
-        elif kind == 4:
-            bad[at:at] = draw.choice([b"\xff\xfe", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\n" * 9, b"\0"])
-        else:
-            del bad[at:at + draw.randrange(1, 99)]
-        at = draw.randrange(len(bad) + 1)
-    return bytes(bad)
-
-
-def spoil_value(draw, value):
-    """A JSON value with one place in it, at any depth, exchanged or gone."""
-    if not isinstance(value, (dict, list)) or not value or draw.random() < 0.1:
-        return draw.choice(NASTY)
-    copy = value.copy()
-    key = draw.choice([*copy] if isinstance(copy, dict) else range(len(copy)))
-    if draw.random() < 0.2:
-        del copy[key]
-    else:
-        copy[key] = spoil_value(draw, copy[key])
-    return copy
-
-
-def spoil_array(draw, array):
-    """Another type, shape, length or value."""
-    nasty = [math.nan, math.inf, -1, 2**31, -1e300, 0]
-    with np.errstate(all="ignore"):
-        return [lambda: array.astype(draw.choice(["f2", "f8", "i1", "i8", "u2", "U5", "S3", "?", "c16", ">f4", "M8[s]"])),
-                lambda: array[None], lambda: array.flatten(), lambda: array[:0], lambda: array[:-1], lambda: np.array(3),
-                lambda: np.concatenate([array, array]), lambda: array[::-1], lambda: np.array([{}], object),
-                lambda: np.where(np.arange(array.size).reshape(array.shape) == draw.randrange(max(1, array.size)),
-                                 draw.choice(nasty), array) if array.dtype.kind in "iuf" else array.astype("U1"),
-                lambda: np.zeros(0, [("a", "i4")]), lambda: np.zeros((3, 0))][draw.randrange(12)]()
-
-
-@lru_cache
-def bomb(name):
-    """300 MB of zeros in 300 KB of .npz."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-        with packed.open(name + ".npy", "w") as member:
-            for _ in range(300):
-                member.write(bytes(2**20))
-    return file.getvalue()
-
-
-def spoil_npz(draw, arrays):
-    """The bytes of an .npz with an array exchanged, missing or lying about its size; a zip bomb now and then.
-
-    arrays: ({name: array}, the bytes of their .npz).
-    """
-    arrays, content, name, kind, file = arrays[0].copy(), arrays[1], draw.choice([*arrays[0]]), draw.random(), io.BytesIO()
-    if kind < 0.6:
-        with contextlib.suppress(ValueError, TypeError):
-            arrays[name] = spoil_array(draw, arrays[name])
-        if kind > 0.5:
-            del arrays[name]
-        np.savez(file, **arrays)
-        content = file.getvalue()
-    elif kind > 0.995:
-        content = bomb(name)
-    elif kind > 0.9:                                                    # a header that promises more than there is
-        content = content.replace(b"'shape': (", b"'shape': (" + draw.choice([b"99999999999,", b"-7,", b"(", b"1e9,"]), 1)
-        content = content.replace(b"'<f4'", draw.choice([b"'<U0'", b"'|O' ", b"'<f9'"]), 1)
-    else:
-        content = spoil_bytes(draw, content)
-    return content
-
-
-@FUZZ
-def test_fuzz_every_loader_ends_in_a_value_or_a_fault(cases, tiny, planted_folder, tmp_path, monkeypatch):
-    """Seeded; of bytes and of well-formed files with wrong contents, checksums made to fit."""
-    made = {name: tmp_path / name for name in ("data", "evidence", "json", "npz", "profiles", "bank", "runs")}
-    for folder in made.values():
-        folder.mkdir()
-    shop = ctr_data(tmp_path / "shop", users=6, rows=20)
-    opened = lambda path: (dict(np.load(path)), path.read_bytes())
-    rows, meta = opened(shop / "interactions.npz"), json.loads((shop / "meta.json").read_text())
-    bank, *_ = make_bank(tmp_path / "good", 50)
-    kept = {name: (bank.folder / name).read_bytes() for name in (*Bank.FILES, "meta.json")}
-    bank_meta, bank_arrays = json.loads(kept["meta.json"]), {"keys": bank.keys, "codes": bank.codes}
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit"))
-    found = np.load(tmp_path / "fit/profiles.npz")
-    np.savez(tmp_path / "slim.npz", **{key: found[key] for key in found if key not in ("theta", "nll", "empty")})
-    found, like = opened(tmp_path / "slim.npz"), torch.zeros(4, 2, 1, 16)
-    lines = (planted_folder / "evidence.jsonl").read_bytes()[:3000]
-    shutil.copy(planted_folder / "meta.json", made["evidence"])
-    shutil.copy(tmp_path / "fit" / "meta.json", made["profiles"])
-    layout = uip.Layout.build(SPEC, Words(), m=1)
-    uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
-    shard = (tmp_path / "shard.pt").read_bytes()[:-32]
-    result = {"dataset": "d", "model": "lr", "features": "none", "seed": 0, "auc": 0.5, "gauc": None, "logloss": 0.7,
-              "config": {"lr": 0.1}, "data_sha256": "0", "rows": {"train": 5}, "lm": {"name": "x"}}
-    text = lambda value: json.dumps(value).encode()
-    seal = lambda content: hashlib.sha256(content).hexdigest()
-
-    def evidence(draw):
-        content = spoil_bytes(draw, lines)
-        if draw.random() < 0.5:
-            content = lines.splitlines(True)[0] + text(spoil_value(draw, json.loads(lines.splitlines()[1]))) + b"\n"
-        (made["evidence"] / "evidence.jsonl").write_bytes(content)
-        for one in uip.read_evidence(made["evidence"])[1]:
-            json.dumps(one, ensure_ascii=False).encode()
-
-    def plain_json(draw):
-        content = spoil_bytes(draw, text(meta)) if draw.random() < 0.5 else text(spoil_value(draw, meta))
-        (made["json"] / "a.json").write_bytes(content)
-        codebook.write_text(made["json"] / "b.json", codebook.as_json(codebook.read_json(made["json"] / "a.json", "name")))
-
-    def npz(draw):
-        (made["npz"] / "a.npz").write_bytes(spoil_npz(draw, rows))
-        assert all(array.nbytes < 2**29 for array in codebook.read_npz(made["npz"] / "a.npz", "users").values())
-
-    def profiles(draw, book=False):
-        (made["profiles"] / "profiles.npz").write_bytes(spoil_npz(draw, found))
-        if book:
-            uip.load_book(made["profiles"], layout, 16)
-        else:
-            read = codebook.read_profiles(made["profiles"])
-            codebook.match(read.users, read.users)
-
-    def whole_bank(draw, reader=lambda: Bank.open(made["bank"]).lookup(["user1", "nobody"])):
-        files, about = dict(kept), dict(bank_meta)
-        if draw.random() < 0.3:
-            name = draw.choice([*files])
-            files[name] = spoil_bytes(draw, files[name])
-        else:
-            if draw.random() < 0.5:
-                about = spoil_value(draw, about)
-            else:
-                name = draw.choice([*bank_arrays])
-                with contextlib.suppress(ValueError, TypeError):
-                    file = io.BytesIO()
-                    np.save(file, spoil_array(draw, bank_arrays[name]))
-                    files[name + ".npy"] = file.getvalue()
-            if isinstance(about, dict):
-                for key in ("sha256", "sample"):
-                    if isinstance(about.get(key), dict) and draw.random() < 0.9:
-                        about[key] = {name: seal((str(len(content)).encode() if key == "sample" else b"") + content)
-                                      for name, content in files.items() if name in Bank.FILES}
-                about["seal"] = codebook.seal(about)
-            files["meta.json"] = text(about)
-        for name, content in files.items():
-            (made["bank"] / name).write_bytes(content)
-        reader()
-
-    def damaged_shard(draw):
-        content = spoil_bytes(draw, shard)
-        (tmp_path / "shard.pt").write_bytes(content + (hashlib.sha256(content).digest() if draw.random() < 0.8 else b""))
-        theta, value = uip.kept(tmp_path / "shard.pt", like, lambda: (torch.ones(4, 2, 1, 16), torch.ones(4)))
-        assert theta.shape == like.shape and theta.isfinite().all() and value.shape == (4,)
-
-    def click_rows(draw):
-        content, about = spoil_npz(draw, rows), meta
-        if draw.random() < 0.4:
-            content, about = rows[1], spoil_value(draw, meta)
-        if isinstance(about, dict) and isinstance(about.get("sha256"), dict) and draw.random() < 0.9:
-            about = {**about, "sha256": {"interactions.npz": seal(content)}}
-        (made["data"] / "interactions.npz").write_bytes(content)
-        (made["data"] / "meta.json").write_bytes(text(about) if draw.random() < 0.9 else spoil_bytes(draw, text(about)))
-        read = ctr.read_data(made["data"])
-        with np.errstate(all="ignore"):
-            ctr.statistics(read)
-
-    def results(draw):
-        content = spoil_bytes(draw, text(result)) if draw.random() < 0.3 else text(spoil_value(draw, result))
-        (made["runs"] / "lr_none_0.json").write_bytes(content)
-        ctr.render(ctr.read_runs(made["runs"])).encode()
-
-    loaders = {"uip: evidence.jsonl": evidence, "uip: shard of θ": damaged_shard, "uip: codebook of profiles.npz": partial(
-        profiles, book=True), "codebook: profiles.npz": profiles, "codebook: any JSON": plain_json, "codebook: any .npz": npz,
-        "codebook: bank": whole_bank,
-        "ctr: bank": partial(whole_bank, reader=lambda: ctr.look(made["bank"], np.array(["user1"]))),
-        "ctr: interactions.npz": click_rows, "ctr: results": results}
-    monkeypatch.setattr(os, "fsync", lambda handle: None)             # what is written here need not last
-    counts, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, loader in loaders.items():
-            count, draw, other = {"cases": cases, "values": 0, "faults": 0, "other": 0}, random.Random(name), []
-            for case in range(cases):
-                try:
-                    loader(draw)
-                    count["values"] += 1
-                except (codebook.Fault, ctr.Fault):
-                    count["faults"] += 1
-                except Exception as error:
-                    other.append(f"{name}, case {case}: {error!r}")
-            count["other"], counts[name] = len(other), count
-            assert not other, other[:9]
-            assert count["faults"] > cases / 10 < count["values"] or loader is damaged_shard
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) < 2**30
-    if os.environ.get("UIP_FAULTS") and cases == 2000:
-        codebook.write_text(Path(os.environ["UIP_FAULTS"]) / "fuzz_core.json", codebook.as_json(counts))
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "uip.py"]
-
-
-def test_two_processes_give_what_one_gives(tiny, planted_folder, tmp_path):
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "one"))
-    run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "two")], cwd=HERE, capture_output=True,
-                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("30 users") == 1                         # one process speaks
-    one, two = (np.load(tmp_path / name / "profiles.npz") for name in ("one", "two"))
-    assert all(np.array_equal(one[key], two[key]) for key in ("users", "ids"))
-    assert all(np.allclose(one[key], two[key], atol=1e-5) for key in one.files if one[key].dtype == np.float32)
-
-
-@pytest.mark.slow
-def test_a_dead_process_ends_the_run_and_the_next_resumes(tiny, planted_folder, tmp_path):
-    """SIGKILL to one of two, in the middle of its first shard (a test's hook in the environment sleeps it there)."""
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, threading, time, glob\n"
-        "def die():\n"
-        f"    while not glob.glob({str(tmp_path / 'out' / 'shard_1_*.pt')!r}): time.sleep(0.001)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if os.environ.get('RANK') == '1': threading.Thread(target=die, daemon=True).start()\n")
-    command = [*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "out", "--shard", "2")]
-    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)})
-    assert run.returncode != 0 and not (tmp_path / "out" / "profiles.npz").exists()
-    assert list((tmp_path / "out").glob("shard_1_*.pt"))
-    subprocess.run(command, cwd=HERE, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    whole, out = (np.load(tmp_path / name / "profiles.npz") for name in ("whole", "out"))
-    assert np.array_equal(whole["ids"], out["ids"]) and np.allclose(whole["theta"], out["theta"], atol=1e-5)
-
-
-def test_shards_of_an_earlier_run_are_used(tiny, planted_folder, tmp_path, monkeypatch):
-    """Stopped in round 1: what is on the disk is not computed again, and the result is bit for bit the same."""
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "whole"))
-    honest, calls = uip.e_step, []
-
-    def stops(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = code_of(fit())
+    assert code == 2 and "WORLD_SIZE is set but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with" in said
+
+
+def test_more_codes_than_users_are_as_many_as_users(fitted, tiny, planted_folder, tmp_path):
+    uip.main(fit_args(planted_folder, tiny, tmp_path, "--table", str(fitted / "table"), "--codes", "100,1"))
+    found = arrays(tmp_path)
+    assert found["pi_0"].shape == (60,) and (found["ids"][:, 1] == 0).all() and (found["probability"][:, 1] == 1).all()
+
+
+def test_infer_takes_the_same_lm_elsewhere_and_refuses_another(fitted, tiny, planted_folder, tmp_path):
+    same = copy_lm(tiny, tmp_path / "same weights, another name")
+    uip.main(infer_args(fitted, planted_folder, same, tmp_path / "new"))
+    assert np.array_equal(arrays(tmp_path / "new")["ids"], arrays(fitted)["ids"])
+    other = copy_lm(tiny, tmp_path / "other", model__safetensors=lambda old: old[:-1] + bytes([old[-1] ^ 1]))
+    code, said = code_of(infer_args(fitted, planted_folder, other, tmp_path / "newer"))
+    assert code == 4 and "made with another LLM or layout" in said
+    data.write_data(tmp_path / "data", "planted", data.planted(users=9), {
+        **data.LAYOUTS["planted"], "profiles": {"hobby": "The hobby is", "background": "The spending is"}})
+    code, said = code_of(infer_args(fitted, tmp_path / "data", tiny, tmp_path / "newer"))
+    assert code == 4 and "different layouts" in said
+
+
+def half_a_run(monkeypatch, argv, parts):
+    """Runs a command until it has left `parts` part files."""
+    honest, done = uip.load_or_compute, []
+
+    def stops(path, compute):
+        if len(done) == parts:
             raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-    monkeypatch.setattr(uip, "e_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "out"))
-    assert len(calls) == 6 + 8 - 5                                   # 2 rounds of 4 shards, 5 were done
-    assert (tmp_path / "out" / "profiles.npz").read_bytes() == (tmp_path / "whole" / "profiles.npz").read_bytes()
+        done.append(path)
+        return honest(path, compute)
+    monkeypatch.setattr(uip, "load_or_compute", stops)
+    assert code_of(argv)[0] == 130
+    monkeypatch.undo()
+
+
+def test_half_a_run_is_resumed_and_damaged_parts_are_computed_again(fitted, tiny, planted_folder, tmp_path, monkeypatch,
+                                                                    capsys):
+    out, honest, scored = tmp_path / "out", uip.score_texts, []
+    half_a_run(monkeypatch, fit_args(planted_folder, tiny, out), 5)
+    parts = sorted((out / "table").glob("texts_*.npz"))
+    assert len(parts) == 5
+    content = parts[1].read_bytes()
+    turned = content[:600] + bytes([content[600] ^ 4]) + content[601:]
+    for path, bad in zip(parts, (content[:len(content) // 2], b"", turned)):
+        path.write_bytes(bad)
+
+    def watched(lm, layout, texts, *args, **kwargs):
+        scored.append(len(texts))
+        return honest(lm, layout, texts, *args, **kwargs)
+    monkeypatch.setattr(uip, "score_texts", watched)
+    uip.main(fit_args(planted_folder, tiny, out))
+    assert scored == [64, 64, 64, 332 - 5 * 64] and capsys.readouterr().err.count("computed again") == 3
+    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+
+
+def test_half_a_run_is_not_continued_with_what_has_changed(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+    """Other texts, LLM, settings or part sizes: each is refused by name, and nothing is mixed or lost."""
+    lm, out = copy_lm(tiny, tmp_path / "lm"), tmp_path / "out"
+    half_a_run(monkeypatch, fit_args(planted_folder, lm, out), 2)
+    data.main(["planted", "--out", str(tmp_path / "other"), "--users", "60", "--seed", "1"])
+    snapshot = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for argv, says in ((fit_args(planted_folder, lm, out, "--tokens", "2"), "tokens: 1 → 2"),
+                       (fit_args(planted_folder, lm, out, "--without", "views"), "without:  → views"),
+                       (fit_args(planted_folder, lm, out, "--part", "32"), "part: 64 → 32"),
+                       (fit_args(planted_folder, lm, out, "--dtype", "bfloat16"), "dtype: float32 → bfloat16"),
+                       (fit_args(tmp_path / "other", lm, out), "texts: ")):
+        code, said = code_of(argv)
+        assert code == 2 and says in said and "--restart" in said, (argv, said)
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        old = (lm / name).read_bytes()
+        (lm / name).write_bytes(old + b"\n")
+        code, said = code_of(fit_args(planted_folder, lm, out))
+        assert code == 2 and "lm: " in said, (name, said)
+        (lm / name).write_bytes(old)
+    assert snapshot == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    uip.main(fit_args(tmp_path / "other", lm, out, "--restart", "--part", "32"))
+    assert meta_of(out)["data_sha256"] == meta_of(tmp_path / "other")["sha256"]
+    uip.main(fit_args(planted_folder, lm, out))                        # a finished table of other texts is replaced
+    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+
+
+def test_half_an_infer_run_is_not_continued_from_other_profiles(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+    """Which texts are new depends on the table that is known: parts of another choice must not be mixed in."""
+    data.main(["planted", "--out", str(tmp_path / "one"), "--users", "20", "--seed", "1"])
+    data.main(["planted", "--out", str(tmp_path / "two"), "--users", "20", "--seed", "2"])
+    uip.main(fit_args(tmp_path / "two", tiny, tmp_path / "fit two"))
+    half_a_run(monkeypatch, infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"), 2)
+    code, said = code_of(infer_args(tmp_path / "fit two", tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
+    assert code == 2 and "known: " in said
+    uip.main(infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
+
+
+def test_a_damaged_table_is_made_again_and_damaged_profiles_are_refused(fitted, tiny, planted_folder, tmp_path):
+    out = Path(shutil.copytree(fitted, tmp_path / "out"))
+    gradient = bytearray((out / "table/gradient.npy").read_bytes())
+    gradient[-5] ^= 64
+    (out / "table/gradient.npy").write_bytes(gradient)
+    uip.main(fit_args(planted_folder, tiny, out))
+    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+    (out / "profiles.npz").write_bytes((out / "profiles.npz").read_bytes()[:-1] + b"x")
+    code, said = code_of(infer_args(out, planted_folder, tiny, tmp_path / "new"))
+    assert code == 4 and "profiles.npz is not the one that meta.json records" in said
+
+
+def test_a_second_run_on_one_folder_is_refused(tiny, planted_folder, tmp_path):
+    with data.exclusive_lock(tmp_path / ".lock"):
+        code, said = code_of(fit_args(planted_folder, tiny, tmp_path))
+    assert code == 2 and "another run writes there" in said and list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_lm_without_network_ends_in_a_sentence(planted_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said = code_of(fit_args(planted_folder, "no-such/lm", tmp_path))
+    assert code == 3 and "--lm no-such/lm: not to be had from the hub: wrong id, or no network?" in said
+
+
+def test_fit_works_in_a_latin_1_terminal(fitted, tiny, planted_folder, tmp_path):
+    argv = fit_args(planted_folder, tiny, tmp_path / "out −", "--table", str(fitted / "table"))
+    done = subprocess.run([sys.executable, uip.__file__, *argv], env={**ENVIRONMENT, "PYTHONIOENCODING": "latin-1"},
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert rb"\u2192" in done.stdout and (tmp_path / "out −/profiles.npz").exists()
+
+
+KILLER = """
+import os, signal, sys
+import torch, data, uip, transformers
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+argv, changes = sys.argv[2:], 0
+for at in map(int, sys.argv[1].split(",")):
+    pid = os.fork()
+    if not pid:
+        honest = os.replace
+        def strike(*args):
+            global changes
+            changes += 1
+            if changes == abs(at) and at < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            honest(*args)
+            if changes == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = strike
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            uip.main(argv)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "infer", "exact users"])
+def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tmp_path, command):
+    """SIGKILL before or after a random rename, again and again in one folder, then to the end: as if never killed."""
+    draw = random.Random(command)
+    if command == "infer":
+        data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "1"])
+        argv = lambda out: infer_args(fitted, tmp_path / "data", tiny, out, "--part", "16")
+    else:
+        more = USERS if command == "exact users" else []
+        argv = lambda out: fit_args(planted_folder, tiny, out, "--part", "16", *more)
+    uip.main(argv(tmp_path / "whole"))
+    call = lambda kills, out: subprocess.run([sys.executable, "-c", KILLER, ",".join(map(str, kills)), *argv(out)],
+                                             env=ENVIRONMENT, capture_output=True, text=True)
+    for trial in range(3):
+        out = tmp_path / f"out {trial}"
+        kills = [draw.choice((1, -1)) * draw.randint(1, 12) for _ in range(draw.randint(1, 4))]
+        done = call([*kills, 999], out)
+        codes = done.stdout.split()
+        assert codes[0] == "-9" and codes[-1] == "0", (kills, done.stdout, done.stderr[-2000:])
+        assert set(codes) <= {"-9", "0"}, (kills, done.stderr[-2000:])
+        assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole/profiles.npz").read_bytes(), kills
+        files = lambda folder: sorted(path.name for path in folder.rglob("*.np*"))
+        assert files(out) == files(tmp_path / "whole")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", uip.__file__]
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(USERS, marks=pytest.mark.slow)], ids=["table", "users"])
+def test_two_processes_give_what_one_gives(fitted, tiny, planted_folder, tmp_path, more):
+    """Each scores half of the parts; one of them speaks and writes."""
+    one = fitted
+    if more:
+        one = tmp_path / "one"
+        uip.main(fit_args(planted_folder, tiny, one, *more))
+    run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "two", "--part", "16", *more)],
+                         capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("332 of 332 texts to score") == 1
+    single, double = arrays(one), arrays(tmp_path / "two")
+    assert np.array_equal(single["ids"], double["ids"]) and np.array_equal(single["users"], double["users"])
+    assert np.allclose(single["pi_0"], double["pi_0"], atol=1e-4)
+    tables = [codebook.read_table(folder / "table")[0] for folder in (one, tmp_path / "two")]
+    for name in tables[0]:
+        assert_close(*(torch.from_numpy(np.array(table[name])) for table in tables))
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_the_next_resumes(fitted, tiny, planted_folder, tmp_path):
+    """SIGKILL to the second of two after its first part (a hook for the test sits in sitecustomize)."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import glob, os, signal, threading, time\n"
+        "def die():\n"
+        f"    while not glob.glob({str(tmp_path / 'out/table/texts_00001.npz')!r}):\n"
+        "        time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    threading.Thread(target=die, daemon=True).start()\n")
+    command = [*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "out", "--part", "4")]
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**ENVIRONMENT, "PYTHONPATH": path})
+    assert run.returncode != 0 and not (tmp_path / "out/profiles.npz").exists()
+    assert (tmp_path / "out/table/texts_00001.npz").exists()
+    uip.main(command[command.index("fit"):])
+    assert np.array_equal(arrays(tmp_path / "out")["ids"], arrays(fitted)["ids"])
+
+
+# ==================================================================================================== ctr.py
+
+def some_rows(n=64, sizes=(7, 5, 4), seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([rng.integers(0, size, n) for size in sizes], 1))
+
+
+def xor_rows(n, seed):
+    x = np.random.default_rng(seed).integers(1, 20, (n, 2))
+    return torch.from_numpy(x), torch.from_numpy((x[:, 0] % 2) ^ (x[:, 1] % 2)).float()
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+def test_fm_is_the_sum_over_pairs():
+    model, x = ctr.FM([7, 5, 4], dim=3).double(), some_rows()
+    torch.nn.init.normal_(model.fields.table.weight)
+    rows = model.fields.table.weight[x + torch.tensor([0, 7, 12])]
+    want = [row[:, 0].sum() + sum(row[i, 1:] @ row[j, 1:] for i in range(3) for j in range(i)) for row in rows]
+    torch.testing.assert_close(model(x), torch.stack(want) + model.bias)
+
+
+def test_deepfm_without_mlp_is_fm_and_fm_without_factors_is_lr():
+    x, fm, deep, lr = some_rows(), ctr.FM([7, 5, 4]), ctr.DeepFM([7, 5, 4]).eval(), ctr.LR([7, 5, 4])
+    with torch.no_grad():
+        torch.nn.init.normal_(deep.fields.table.weight)
+        fm.fields.table.weight.copy_(deep.fields.table.weight)
+        assert not torch.allclose(deep(x), fm(x), atol=1e-3)
+        deep.mlp[-1].weight.zero_(), deep.mlp[-1].bias.zero_()
+        assert torch.equal(deep(x), fm(x))
+        fm.fields.table.weight[:, 1:] = 0
+        lr.fields.table.weight.copy_(fm.fields.table.weight[:, :1])
+        torch.testing.assert_close(lr(x), fm(x))
+
+
+def test_dcn_without_cross_weights_is_its_mlp_and_with_them_the_paper():
+    x, dcn = some_rows(), ctr.DCN([7, 5, 4], dim=2).eval().double()
+    with torch.no_grad():
+        for weight in dcn.parameters():
+            torch.nn.init.normal_(weight)
+        x0 = dcn.fields(x).flatten(1)
+        now = x0
+        for layer in range(3):
+            now = torch.einsum("bi,bj,j->bi", x0, now, dcn.cross.w[:, layer]) + dcn.cross.b[:, layer] + now
+        torch.testing.assert_close(dcn(x), now @ dcn.cross.out + dcn.mlp(x0)[:, 0])
+        for weight in dcn.cross.parameters():
+            weight.zero_()
+        assert torch.equal(dcn(x), dcn.mlp(x0)[:, 0])
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_values_out_of_range_read_row_0_of_their_own_field(name):
+    model = ctr.MODELS[name]([7, 5, 4]).eval()
+    torch.nn.init.normal_(model.fields.table.weight)
+    odd = torch.tensor([[-1, 6, 10**9 + 1], [8, -3, 7]])
+    assert torch.equal(model(odd), model(torch.zeros(2, 3, dtype=torch.int32)))
+    assert model(torch.tensor([[0, 0, 0], [1, 0, 0], [0, 4, 0], [0, 0, 3]])).unique().numel() == 4
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_extra_fields_leave_the_start_of_the_others_alone(name):
+    def start(seed, sizes):
+        torch.manual_seed(seed)
+        return ctr.MODELS[name](sizes)
+    one, two, other = start(3, [7, 5]), start(3, [7, 5, 4]), start(4, [7, 5])
+    assert torch.equal(one.fields.table.weight, two.fields.table.weight[:12])
+    assert not torch.equal(one.fields.table.weight, other.fields.table.weight)
+    if name in ("deepfm", "dcn"):
+        a, b = one.mlp[0].weight, two.mlp[0].weight[:, :16]
+        torch.testing.assert_close(a * 16 ** 0.5, b * 24 ** 0.5)
+        assert torch.equal(one.mlp[-1].weight, two.mlp[-1].weight)
+
+
+def test_xor_needs_interactions_and_the_same_seed_gives_equal_bytes():
+    def score(model, seed):
+        torch.manual_seed(seed)
+        net = ctr.MODELS[model]([20, 20])
+        found = ctr.fit(net, xor_rows(3000, 1), xor_rows(500, 2), lr=1e-2, epochs=8, patience=2, seed=seed)
+        x, y = xor_rows(2000, 3)
+        return ctr.auc(y, ctr.predict(net, x)), ctr.predict(net, x).tobytes(), found
+    assert score("lr", 0)[0] < 0.62
+    first = score("deepfm", 0)
+    assert first[0] > 0.9 and first == score("deepfm", 0) and first[1] != score("deepfm", 1)[1]
+
+
+def test_fit_ends_at_the_best_epoch_and_names_divergence():
+    train, valid = (some_rows(200, seed=1), some_rows(200)[:, 0] % 2.0), (some_rows(100, seed=2),
+        some_rows(100, seed=5)[:, 0] % 2.0)
+    net = ctr.DeepFM([7, 5, 4])
+    best, epoch, ran = ctr.fit(net, train, valid, lr=0.05, epochs=30, patience=4)
+    assert ctr.auc(valid[1], ctr.predict(net, valid[0])) == best and ran == min(30, epoch + 4)
+    with pytest.raises(ValueError, match="smaller learning rate"):
+        ctr.fit(ctr.DeepFM([7, 5, 4]), train, valid, lr=1e30, epochs=5)
+
+
+def test_fit_refuses_empty_and_one_class_parts_and_odd_labels():
+    good = some_rows(20), torch.tensor([0.0, 1.0] * 10)
+    for bad in ((good[0][:0], good[1][:0]), (good[0], torch.ones(20)), (good[0], good[1] * 2),
+                (good[0], good[1] - 0.5)):
+        for parts in ((bad, good), (good, bad)):
+            with pytest.raises(ValueError, match="labels"):
+                ctr.fit(ctr.LR([7, 5, 4]), *parts, epochs=1)
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+def test_auc_and_gauc_equal_the_pairs_with_ties():
+    rng = np.random.default_rng(0)
+    user, y, score = rng.integers(0, 9, 300), rng.integers(0, 2, 300), rng.integers(0, 6, 300) / 3 - 1
+    y[user == 0] = 1
+
+    def pairs(rows):
+        gap = score[rows & (y == 1)][:, None] - score[rows & (y == 0)]
+        return ((gap > 0) + 0.5 * (gap == 0)).mean()
+    assert ctr.auc(y, score) == pytest.approx(pairs(user > -1), abs=1e-12)
+    rows = [user == u for u in range(1, 9)]
+    want = sum(pairs(r) * r.sum() for r in rows) / sum(r.sum() for r in rows)
+    assert ctr.gauc(user, y, score) == pytest.approx(want, abs=1e-12)
+    assert ctr.auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75      # the example of scikit-learn's roc_auc_score
+
+
+def test_one_class_is_nan_with_a_warning_and_odd_labels_are_refused():
+    with pytest.warns(UserWarning, match="all 3 labels are of one class"):
+        assert math.isnan(ctr.auc([1, 1, 1], [0.0, 1.0, 2.0]))
+    assert math.isnan(ctr.gauc([0, 1], [0, 1], [0.0, 1.0]))
+    with pytest.raises(ValueError, match="nan"):
+        ctr.auc([0, 1], [0.0, math.nan])
+    for labels in ([0, 2], [-1, 1], [0, 0.5], [], [[0, 1]], [0, math.nan]):
+        scores = np.zeros(len(labels))
+        for metric in (lambda: ctr.auc(labels, scores), lambda: ctr.gauc(scores, labels, scores),
+                       lambda: ctr.logloss(labels, scores)):
+            with pytest.raises(ValueError, match="labels"):
+                metric()
+
+
+def test_logloss_is_finite_at_any_logit():
+    assert ctr.logloss([1, 0], [100, -100]) == pytest.approx(0, abs=1e-40)
+    assert ctr.logloss([0, 1, 0], np.float32([1e4, -1e4, 100])) == pytest.approx(20100 / 3)
+    assert ctr.logloss([0, 1], [100, -100]) == pytest.approx(100)
+    assert ctr.logloss([1, 0, 1], [0.0, 0.0, math.log(3)]) == pytest.approx((2 * math.log(2) + math.log(4 / 3)) / 3)
+
+
+def test_interval_is_students():
+    assert ctr.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 3.182 * 1.2909944 / 2), rel=1e-6)
+    assert len(ctr.T95) == 30 and list(ctr.T95) == sorted(ctr.T95, reverse=True)
+    assert ctr.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * np.std([0, 1] * 20, ddof=1) / 40 ** 0.5)
+    assert ctr.interval([2.0])[0] == 2 and math.isnan(ctr.interval([2.0])[1])
+
+
+# ---------------------------------------------------------------------------------- a small shop_folder without an LLM
+
+RUN_LAYOUT = {"profiles": {"hobby": "The user's hobby is", "life_stage": "The user's stage of life is"},
+          "kinds": {"title": {"lead": "The user bought a", "view": ["hobby"]},
+                    "category": {"lead": "The user shops for", "view": ["hobby"]},
+                    "price": {"lead": "The price was", "view": ["life_stage"]},
+                    "verdict": {"lead": "The user finds products", "view": ["life_stage"]}}}
+MEASURED = ("userip", "untuned", "reversed", "bag", "stats", "gap")
+
+
+def write_shop(folder, seed=0, layout=RUN_LAYOUT, users=60):
+    """A planted shop_folder; its first user also bought the one item of a brand that sorts last."""
+    dataset = data.planted(seed, users)
+    number = len(dataset.items)
+    zebra = {"title": "zebra lamp", "category": "zoo", "brand": "Zzz", "price": 5.0}
+    dataset = dataset._replace(items=np.append(dataset.items, "i999"), attributes=[*dataset.attributes, zebra],
+                               item=np.append(dataset.item, number), user=np.append(dataset.user, 0),
+                               rating=np.append(dataset.rating, np.float32(5)),
+                               time=np.append(dataset.time, data.NEW_YEAR + 400 * data.DAY))
+    data.write_data(folder, "shop", dataset, layout)
+    return data.read_data(folder)
+
+
+def write_fake_profiles(folder, source, seed=0, lm="fake"):
+    """A PROFILES folder whose text table is made of words, without any LLM."""
+    words = [value for _, value in source.texts]
+    bag, count = codebook.bag_of_words(words, 60)
+    scale = np.random.default_rng(seed).uniform(0.5, 2, 60).astype(np.float32)
+    arrays = {"nll": bag[:, 0] ** 2, "tokens": count, "gradient": (bag * scale)[:, :48].reshape(-1, 2, 24),
+              "hidden": bag[:, 48:56],
+              "reversed": bag[:, 44:].reshape(-1, 2, 8)}
+    (folder / "table").mkdir(parents=True)
+    codebook.write_table(folder / "table", {name: (a.shape, [a]) for name, a in arrays.items()},
+                         {"identity": {"lm": lm, "seed": seed}})
+    data.write_json(folder / "meta.json", {
+        "settings": {"codes": [4, 3], "without": "", "kinds": None}, "table": "table", "lm": {"name": lm},
+        "data_sha256": source.meta["sha256"]})
+
+
+@pytest.fixture(scope="module")
+def shop_folder(tmp_path_factory):
+    """(data folder, profiles folder, data, text table)"""
+    root = tmp_path_factory.mktemp("shop")
+    source = write_shop(root / "data")
+    write_fake_profiles(root / "profiles", source)
+    return root / "data", root / "profiles", source, codebook.read_table(root / "profiles" / "table")[0]
+
+
+def options(**how):
+    return SimpleNamespace(**{"directions": 16, "without": "", "sure": 0.0, "kinds": None, "protocol": "warm",
+                              "device": "cpu",
+                              "dim": 4, "lr": 0.01, "batch": 256, "epochs": 1, "patience": 1, "l2": 1e-5, **how})
+
+
+def features_of(source, table, protocol="warm", fold=0, **how):
+    made = ctr.make_fold(source, protocol, "liked", fold)
+    return ctr.Features(source, made, table, [4, 3], options(protocol=protocol, **how))
+
+
+def edit(source, likes: dict, ratings: dict = {}):
+    """The data where row r is of the item of row likes[r], with all that the item tells, and is rated ratings[r]."""
+    take, rating = np.arange(len(source.user)), source.rating.copy()
+    take[list(likes)] = list(likes.values())
+    rating[list(ratings)] = list(ratings.values())
+    x = source.x[take].copy()
+    x[:, 0] = source.x[:, 0]
+    lists = [source.text[source.indptr[r]:source.indptr[r + 1]] for r in take]
+    return source._replace(x=x, price=source.price[take], rating=rating, text=np.concatenate(lists),
+                           indptr=np.append(0, np.cumsum([len(one) for one in lists])))
+
+
+def edit_all(source, rows, seed=0):
+    """The data where the given rows have other items and ratings."""
+    rng = np.random.default_rng(seed)
+    return edit(source, dict(zip(rows, rng.permutation(len(source.user))[:len(rows)])),
+                dict(zip(rows, rng.integers(1, 6, len(rows)))))
+
+
+def record_books(monkeypatch):
+    """The codebooks that ctr.py fits from now on."""
+    books, real = [], codebook.fit_codebook
+    monkeypatch.setattr(ctr, "fit_codebook", lambda *args, **how: books.append(real(*args, **how)[0])
+                        or (books[-1], None, None))
+    return books
+
+
+def equal_books(a, b):
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+# ------------------------------------------------------------------------------- protocols: who and what is seen
+
+def test_folds_are_disjoint_and_test_every_user_once():
+    names = np.array([f"user {i}" for i in range(2000)])
+    source = SimpleNamespace(users=names, user=np.repeat(np.arange(2000), 3), part=np.tile([0, 1, 2], 2000))
+    parts = np.stack([ctr.assign_parts(source, "new", fold) for fold in range(5)])
+    # a user is in one part
+    assert (parts[:, ::3] == parts[:, 1::3]).all() and (parts[:, ::3] == parts[:, 2::3]).all()
+    assert ((parts == 2).sum(0) == 1).all() and ((parts == 1).sum(0) <= 1).all()
+    group = np.array([codebook.hash_user(name) % 10 for name in names])
+    for fold in range(5):
+        groups = [set(group[parts[fold, ::3] == p].tolist()) for p in (0, 1, 2)]
+        assert groups[1:] == [{(2 * fold + 2) % 10}, {2 * fold, 2 * fold + 1}] and len(groups[0]) == 7
+        assert not groups[0] & (groups[1] | groups[2])
+    assert ctr.assign_parts(source, "warm", 0).tolist() == source.part.tolist()
+
+
+def test_rows_seen_by_hand():
+    source = SimpleNamespace(user=np.array([0, 0, 0, 0, 0, 1, 1, 2]), users=np.array(["a", "b", "c"]))
+    part = np.array([0, 0, 0, 1, 2, 0, 2, 0])
+    assert ctr.rows_seen(source, part, "warm").tolist() == [0, 1, 2, 3, 3, 0, 1, 0]
+    assert ctr.rows_seen(source, part, "new").tolist() == [0, 1, 2, 3, 4, 0, 1, 0]
+
+
+def tiny_source(user, item, part, rating=None, price=None, **more):
+    user, item = np.array(user), np.array(item)
+    items = np.array([[0, 0], [1, 1], [2, 1], [3, 2], [4, 2], [5, 3]], np.int32)       # item, category
+    return SimpleNamespace(user=user, users=np.array([f"u{u}" for u in range(user.max() + 1)]), part=np.array(part),
+                           items=items,
+                           x=np.column_stack([user + 1, items[item]]).astype(np.int32),
+                           fields=["user", "item", "category"],
+                           rating=np.array(rating if rating is not None else [4.0] * len(user), np.float32),
+                           price=np.array(price if price is not None else [np.nan] * len(user), np.float32), **more)
+
+
+def test_vocabulary_is_that_of_training_rows_by_hand():
+    source = tiny_source([0, 0, 0, 1, 1, 2], [4, 2, 3, 2, 5, 1], [0, 0, 2, 0, 2, 1], [5, 3, 4, 1, 4, 5])
+    fold = ctr.make_fold(source, "warm", "liked", 0)
+    # training rows: users 1, 2; items 4, 2; categories 2, 1. Item 3 of row 2 is unknown, its category 2 is known
+    assert fold.sizes == [3, 3, 3] and fold.y.tolist() == [1, 0, 1, 0, 1, 1] and fold.row.tolist() == list(range(6))
+    assert fold.x.tolist() == [[1, 2, 2], [1, 1, 1], [1, 0, 2], [2, 1, 1], [2, 0, 0], [0, 0, 1]]
+    assert fold.seen.tolist() == [0, 1, 2, 0, 1, 0]
+
+
+def test_new_users_have_no_user_field_and_chosen_adds_a_negative_per_row(shop_folder):
+    source = shop_folder[2]
+    fold = ctr.make_fold(source, "new", "liked", 0)
+    assert len(fold.sizes) == source.x.shape[1] - 1
+    assert (fold.part[source.user == 5] == fold.part[source.user == 5][0]).all()
+    fold = ctr.make_fold(source, "warm", "chosen", 0)
+    half = len(fold.y) // 2
+    assert fold.y.tolist() == [1] * half + [0] * half and fold.row[:half].tolist() == fold.row[half:].tolist()
+    # same user, other item
+    assert (fold.x[:half, 0] == fold.x[half:, 0]).all() and (fold.x[:half, 1] != fold.x[half:, 1]).all()
+    rows, items = ctr.draw_negatives(source, source.part == 0)
+    attributes = source.items[items]                                   # an item comes with its own attributes
+    for f in range(1, attributes.shape[1]):
+        pairs = set(zip(fold.x[half:, f + 1].tolist(), attributes[:, f].tolist()))
+        assert len({b for a, b in pairs if a}) == len({pair for pair in pairs if pair[0]})
+
+
+def test_negatives_are_unrated_items_of_the_training_rows(shop_folder):
+    source = shop_folder[2]
+    for protocol, fold in (("warm", 0), ("new", 0), ("new", 3)):
+        train = ctr.assign_parts(source, protocol, fold) == 0
+        rows, items = ctr.draw_negatives(source, train)
+        rated = set(zip(source.user.tolist(), source.x[:, 1].tolist()))
+        trained = set(source.x[train, 1].tolist())
+        assert not rated & set(zip(source.user[rows].tolist(), items.tolist()))
+        assert set(items.tolist()) <= trained and set(source.x[rows, 1].tolist()) <= trained
+        assert rows.tolist() == [r for r in range(len(source.user)) if source.x[r, 1] in trained]
+        again = ctr.draw_negatives(source, train)
+        assert np.array_equal(rows, again[0]) and np.array_equal(items, again[1])
+
+
+def test_negatives_follow_training_popularity_by_hand():
+    # 3,000 users rated item 1 (600 of these rows train), 300 item 2, 100 item 3, 50 item 4 (tested only), one user all
+    item = np.repeat([1, 2, 3, 4], [3000, 300, 100, 50])
+    part = np.repeat([0, 2, 0, 0, 2], [600, 2400, 300, 100, 50])
+    user = np.arange(len(item))
+    source = tiny_source([*user, *[len(item)] * 3], [*item, 1, 2, 3], [*part, 0, 0, 0])
+    rows, items = ctr.draw_negatives(source, source.part == 0)
+    # item 4 has no training row; the last user rated all
+    assert len(rows) == 3400 and rows.max() < len(item)
+    first = items[source.x[rows, 1] == 1]
+    counts = np.bincount(first, minlength=6)
+    assert counts[[0, 1, 4, 5]].tolist() == [0, 0, 0, 0] and counts.sum() == 3000
+    assert counts[2] / 3000 == pytest.approx(301 / 402, abs=0.03)      # by training rows: 301 of item 2, 101 of item 3
+
+
+# --------------------------------------------------------------------------------------------- features by hand
+
+def test_statistics_by_hand():
+    source = tiny_source([0, 0, 0, 1, 1], [1, 3, 4, 4, 5], [0, 0, 0, 0, 2], [5, 4, 3, 2, 1],
+                         [math.e, np.nan, 1, np.nan, 7])
+    taste, rating, price = ctr.plain_statistics(source, source.part == 0)
+    rows = lambda evidence: codebook.sum_texts(evidence.indptr, evidence.text, evidence.value).tolist()
+    # category 2 is the most frequent; 3 never trained
+    assert rows(taste) == [[0, 1], [1, 0], [1, 0], [1, 0], [0, 0]]
+    assert rows(rating) == [[5], [4], [3], [2], [1]]
+    assert np.allclose(rows(price), [[1], [0], [0], [0], [math.log(7)]])
+    weight = lambda evidence: codebook.sum_texts(evidence.indptr, evidence.text,
+                                                 evidence.weight[:, None]).flatten().tolist()
+    # an unknown price tells nothing
+    assert weight(taste) == weight(rating) == [1] * 5 and weight(price) == [1, 0, 1, 0, 1]
+    unpriced = tiny_source([0, 0], [1, 3], [0, 2], price=[np.nan, 5])
+    assert len(ctr.plain_statistics(unpriced, unpriced.part == 0)) == 2
+
+
+def test_gap_by_hand():
+    source = tiny_source([0, 0, 1, 1, 2, 2, 3], [1, 2, 1, 2, 1, 2, 1], [0] * 6 + [2], [5, 4, 3, 2, 4, 3, 1])
+    gap = ctr.rating_gap(source, source.part == 0)
+    # training mean 3.5; excess of item 1: 1.5, −.5, .5, of item 2: .5, −1.5, −.5; shrunk means 1.5 / 8 and −1.5 / 8
+    want = np.array([5, 4, 3, 2, 4, 3, 1]) - 3.5 - np.array([1.5, -1.5] * 3 + [1.5]) / 8
+    assert np.allclose(gap.value[:, 0], want) and gap.weight.tolist() == [1] * 7 and gap.text.tolist() == list(range(7))
+
+
+def test_ids_of_rows_equal_brute_force_sums_of_their_past(shop_folder, monkeypatch):
+    _, _, source, table = shop_folder
+    books = record_books(monkeypatch)
+    for protocol in ("warm", "new"):
+        features = features_of(source, table, protocol, 1)
+        for name in ("userip", "gap"):
+            books.clear()
+            ids, _ = features.codes(name, 0)
+            for column, (evidence, k) in enumerate(features.evidence(name)):
+                book = books[column]
+                for row in np.random.default_rng(0).permutation(len(source.user))[:60]:
+                    past = np.flatnonzero((source.user == source.user[row]) & (np.arange(len(source.user)) < row))
+                    if protocol == "warm":
+                        past = past[source.part[past] == 0]
+                    texts = [t for r in past for t in evidence.text[evidence.indptr[r]:evidence.indptr[r + 1]].tolist()]
+                    want = 0
+                    if texts:
+                        z = book.project(evidence.value[texts], evidence.weight[texts]).sum(0, keepdim=True)
+                        n = evidence.weight[texts].double().sum().reshape(1)
+                        want = 1 + int(codebook.responsibilities(book, z, n).argmax())
+                    assert ids[row, column] == want
+
+
+def test_ids_find_the_planted_hobby(shop_folder):
+    folder, _, source, table = shop_folder
+    hobby = data.read_truth(folder)["hobby"]
+    ids, sizes = features_of(source, table).codes("userip", 0)
+    last = (source.part == 2) & (ctr.rows_seen(source, source.part, "warm") >= 8)
+    pairs = np.zeros((5, 4))
+    np.add.at(pairs, (ids[last, 0], hobby[source.user[last]]), 1)
+    assert sizes == [4, 3] and pairs.max(1).sum() / last.sum() > 0.8 and len(set(pairs[1:].argmax(1))) == 4
+
+
+def test_random_is_a_code_per_user_and_shuffled_another_users_at_the_same_moment(shop_folder):
+    _, _, source, table = shop_folder
+    features = features_of(source, table)
+    own, sizes = features.codes("userip", 0)
+    first, count = np.searchsorted(source.user, np.arange(60)), np.bincount(source.user)
+    for seed in range(4):
+        drawn, widths = features.codes("random", seed)
+        assert widths == sizes and ((drawn > 0) == (own > 0)).all()
+        per_user = [set(map(tuple, drawn[(source.user == u) & (own > 0).all(1)].tolist())) for u in range(60)]
+        assert all(len(codes) <= 1 for codes in per_user) and len(set().union(*per_user)) == 12
+        mixed, widths = features.codes("shuffled", seed)
+        moment = lambda donor: own[first[donor] + np.minimum(features.fold.seen, count[donor] - 1)]
+        fits = [{donor for donor in range(60) if (moment(donor) == mixed)[source.user == u].all()} for u in range(60)]
+        assert widths == sizes and all(fit - {u} for u, fit in enumerate(fits))             # another user's
+        assert len(set().union(*fits)) > 50 and (mixed != own).any(1).mean() > 0.5          # not one donor for all
+        assert np.array_equal(drawn, features.codes("random", seed)[0])
+        assert np.array_equal(mixed, features.codes("shuffled", seed)[0])
+        assert not np.array_equal(drawn, features.codes("random", seed + 1)[0])
+        assert not np.array_equal(mixed, features.codes("shuffled", seed + 1)[0])
+
+
+def test_columns_join_features_and_sure_hides_unsure_ids(shop_folder):
+    _, _, source, table = shop_folder
+    features, sure = features_of(source, table), features_of(source, table, sure=0.7)
+    assert features.columns("none", 0)[0].shape == (len(source.user), 0) and features.columns("none", 0)[1] == []
+    both, sizes = features.columns("stats+userip", 0)
+    stats, ids = features.codes("stats", 0)[0], features.codes("userip", 0)[0]
+    assert np.array_equal(both, np.hstack([stats, ids])) and sizes == [5, 4, 5, 5, 4]
+    assert np.array_equal(features.columns("life_stage", 0)[0], ids[:, 1:])
+    assert features.columns("life_stage", 0)[1] == [4]
+    for column, (evidence, k) in enumerate(features.evidence("userip")):
+        codes, probability = ctr.ids_as_of_rows(source, features.fold, evidence, k, features.args)
+        assert ((probability > 0) == (codes > 0)).all() and probability.max() <= 1 + 1e-9
+        hidden = probability < 0.7
+        assert np.array_equal(sure.codes("userip", 0)[0][:, column], np.where(hidden, 0, codes)) and hidden.any()
+        assert not hidden.all()
+
+
+def test_each_measurement_is_its_own_and_ablations_take_theirs(shop_folder):
+    _, _, source, table = shop_folder
+    features = features_of(source, table)
+    values = {name: features.evidence(name)[0][0].value for name in ("userip", "untuned", "reversed", "bag")}
+    assert np.array_equal(values["userip"], table["gradient"][:, 0])
+    assert np.array_equal(values["untuned"], table["hidden"])
+    assert np.array_equal(values["reversed"], table["reversed"][:, 0]) and values["bag"].shape[1] == 256
+    for without, name in (("tuning", "untuned"), ("causality", "reversed"), ("llm", "bag")):
+        lacking = features_of(source, table, without=without).evidence("userip")[0][0]
+        assert torch.equal(lacking.value, values[name])
+    # training rows see all training rows, their own too
+    seen = features_of(source, table, without="time")
+    late = seen.codes("userip", 0)[0]
+    train = source.part == 0
+    assert all(len(set(map(tuple, late[(source.user == u) & train].tolist()))) == 1 for u in range(60))
+    assert not np.array_equal(late, features.codes("userip", 0)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- leaks
+
+def test_warm_edits_of_later_rows_change_no_id_and_no_codebook(shop_folder, monkeypatch):
+    _, _, source, table = shop_folder
+    later = np.flatnonzero(source.part > 0)
+    books = record_books(monkeypatch)
+    before, known = features_of(source, table), None
+    codes = {name: before.codes(name, 0)[0] for name in (*MEASURED, "random", "shuffled")}
+    known, train = list(books), source.part == 0
+    for changed in (edit_all(source, later), edit(source, {later[-1]: 0}, {later[0]: 1.0})):
+        books.clear()
+        after = features_of(changed, table)
+        assert (changed.x[train] == source.x[train]).all() and (changed.x != source.x).any()
+        for name in codes:
+            assert np.array_equal(codes[name], after.codes(name, 0)[0]), name
+        assert len(books) == len(known) and all(map(equal_books, books, known))
+        assert after.fold.sizes == before.fold.sizes and np.array_equal(after.fold.x[train], before.fold.x[train])
+
+
+def test_new_edits_of_tested_and_validating_users_reach_nothing_that_trains(shop_folder, monkeypatch):
+    _, _, source, table = shop_folder
+    books = record_books(monkeypatch)
+    before, reached = features_of(source, table, "new", 3), 0
+    train, others = before.fold.part == 0, np.flatnonzero(before.fold.part > 0)
+    changed = edit_all(source, others)
+    after = features_of(changed, table, "new", 3)
+    assert after.fold.sizes == before.fold.sizes and np.array_equal(after.fold.x[train], before.fold.x[train])
+    for name in MEASURED:
+        books.clear()
+        mine = before.codes(name, 0)[0]
+        known = list(books)
+        books.clear()
+        assert np.array_equal(mine[train], after.codes(name, 0)[0][train]), name
+        assert books and all(map(equal_books, books, known)), name
+        reached += not np.array_equal(mine, after.codes(name, 0)[0])
+    assert reached >= 4                                                # the edit does reach the edited users
+    gaps = [ctr.rating_gap(one, train).value[train] for one in (source, changed)]
+    assert torch.equal(*gaps)                                          # item statistics
+
+
+def test_new_a_value_that_only_a_tested_user_has_reaches_no_codebook(shop_folder, monkeypatch):
+    """The zebra lamp's brand has the largest code and one buyer: with and without that row, the codebooks are equal."""
+    _, _, source, table = shop_folder
+    # item codes are in the order of ids
+    row = int(np.flatnonzero(source.x[:, 1] == len(source.items) - 1)[0])
+    fold = next(f for f in range(5) if ctr.assign_parts(source, "new", f)[row] == 2)
+    without = edit(source, {row: row - 1})
+    books = record_books(monkeypatch)
+    codes = [features_of(one, table, "new", fold).codes("stats", 0)[0] for one in (source, without)]
+    train = ctr.assign_parts(source, "new", fold) == 0
+    half = len(books) // 2
+    assert half >= 2 and all(map(equal_books, books[:half], books[half:]))
+    assert np.array_equal(codes[0][train], codes[1][train])
+
+
+def test_a_row_sees_neither_itself_nor_what_comes_later(shop_folder, monkeypatch):
+    """Editing row i of a user changes no ID that rows up to i see, and nobody else's.
+
+    The codebook is held fast, since it is made of all training rows.
+    """
+    _, _, source, table = shop_folder
+    kinds = ["title", "category", "price"]                             # verdicts depend on others' ratings, too
+    books = record_books(monkeypatch)
+    for protocol in ("warm", "new"):
+        books.clear()
+        before, names = features_of(source, table, protocol, 1, kinds=kinds), ("userip", "bag")
+        codes = {name: before.codes(name, 0)[0] for name in names}
+        own, later = 0, 0
+        for u in np.flatnonzero(np.bincount(source.user[source.part == 0], minlength=60) > 3)[:20]:
+            i = int(np.searchsorted(source.user, u)) + 1
+            other = np.flatnonzero((source.x[:, 2] != source.x[i, 2]) & (np.abs(source.price - source.price[i]) > 20))
+            changed = edit(source, {i: int(other[u])}, {i: 6.0 - source.rating[i]})
+            held = iter(books)
+            with monkeypatch.context() as patch:
+                patch.setattr(ctr, "fit_codebook", lambda *args, **how: (next(held), None, None))
+                after = features_of(changed, table, protocol, 1, kinds=kinds)
+                for name in names:
+                    differs = (codes[name] != after.codes(name, 0)[0]).any(1)
+                    reached = np.flatnonzero(differs)
+                    assert (source.user[reached] == u).all() and (reached > i).all(), (protocol, name, reached, i)
+                    own += int(differs[i + 1])
+                    later += len(reached)
+        assert own > 3 and later > 15                                  # the next row and later ones do see the edit
+
+
+# ------------------------------------------------------------------------------------------------ runs and tables
+
+def run_words(shop_folder, out, *more, models="lr", features="none,userip", profiles=True):
+    return ["run", "--data", shop_folder[0], *(["--profiles", shop_folder[1]] if profiles else []), "--out", out, "--models", models,
+            "--features", features,
+            "--seeds", "2", "--epochs", "1", "--dim", "4", "--device", "cpu", *more]
+
+
+def test_killed_runs_resume_to_the_same_bytes(shop_folder, tmp_path, monkeypatch):
+    trained, real = [], ctr.run_one
+    monkeypatch.setattr(ctr, "run_one", lambda *args: trained.append(args[4:6]) or real(*args))
+    words = run_words(shop_folder, tmp_path / "out", "--protocol", "new", "--folds", "2",
+                      features="none,life_stage,shuffled+gap")
+    code, out, _ = call(ctr, *words)
+    path = tmp_path / "out" / "runs.jsonl"
+    whole, meta = path.read_bytes(), json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert code == 0 and "12 runs, 0 of them from before" in out and len(trained) == 12
+    assert meta["sha256"] == {"runs.jsonl": data.sha256_of(path)} and call(codebook, "verify", tmp_path / "out")[0] == 0
+    runs = [json.loads(line) for line in whole.splitlines()]
+    assert [(run["fold"], run["features"], run["seed"]) for run in runs] == [
+        (fold, name, seed) for fold in (0, 1) for name in ("none", "life_stage", "shuffled+gap") for seed in (0, 1)]
+    assert len({run["auc"] for run in runs}) > 8
+    lines = whole.count(b"\n")
+    for cut in [0, 1, len(whole) - 1, *np.random.default_rng(0).integers(1, len(whole), 3).tolist()]:
+        path.write_bytes(whole[:cut])                                  # killed in the middle of a line
+        trained.clear()
+        assert call(ctr, *words)[0] == 0 and path.read_bytes() == whole
+        assert len(trained) == lines - whole[:cut].count(b"\n")
+    path.write_bytes(whole.replace(b"{", b"[", 1))
+    code, _, err = call(ctr, *words)
+    assert code == 4 and "runs.jsonl is damaged" in err and "--restart" in err
+    for odd in (b"5\n", b"[]\n", b"{}\n", b"null\n"):
+        path.write_bytes(odd)
+        assert call(ctr, *words)[0] == 4 and call(ctr, "table", tmp_path / "out")[0] == 4
+
+
+def test_runs_of_other_settings_data_table_or_code_are_refused_by_name(shop_folder, tmp_path):
+    out = tmp_path / "out"
+    words = run_words(shop_folder, out, features="userip")
+    assert call(ctr, *words)[0] == 0
+    whole, meta = (out / "runs.jsonl").read_bytes(), json.loads((out / "meta.json").read_text())
+    for more, says in ((["--lr", "0.02"], "lr: 0.01 → 0.02"), (["--sure", "0.5"], "sure: 0.0 → 0.5"),
+                       (["--codes", "2,3"], "codes: [4, 3] → [2, 3]"),
+                       (["--label", "chosen"], "label: liked → chosen"),
+                       (["--protocol", "new"], "protocol: warm → new")):
+        code, _, err = call(ctr, *words, *more)
+        assert code == 2 and says in err and "--restart" in err
+    write_fake_profiles(tmp_path / "other", shop_folder[2], seed=1)           # another text table of the same LLM
+    code, _, err = call(ctr, *[tmp_path / "other" if word == shop_folder[1] else word for word in words])
+    assert code == 2 and "table: " in err
+    for key, value in (("code_sha256", {**meta["code_sha256"], "ctr.py": "0"}), ("data_sha256", {}),
+                       ("lm", {"name": "x"})):
+        (out / "meta.json").write_text(json.dumps({**meta, key: value}))
+        code, _, err = call(ctr, *words)
+        assert code == 2 and f"{key}: " in err
+    assert (out / "runs.jsonl").read_bytes() == whole
+    code, text, _ = call(ctr, *words, "--lr", "0.02", "--restart")
+    assert code == 0 and "2 runs, 0 of them from before" in text and (out / "runs.jsonl").read_bytes() != whole
+    assert json.loads((out / "meta.json").read_text())["lr"] == 0.02
+
+
+def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
+    out = tmp_path / "out"
+    for more, says in ((["--models", "xgboost"], "lr, fm, deepfm, dcn"),
+                       (["--features", "stats+magic"], "'magic' is none of none, userip"),
+                       (["--features", ","], "--features"), (["--codes", "4"], "--codes"),
+                       (["--codes", "4,x"], "--codes"), (["--folds", "6"], "--folds"),
+                       (["--device", "toaster"], "--device toaster"), (["--kinds", "title,colour"], "colour"),
+                       (["--seeds", "0"], "--seeds"),
+                       (["--without", "time", "--protocol", "new"], "--protocol warm"),
+                       (["--protocol", "cold"], "--protocol"), (["--see", "1"], "--see")):
+        code, _, err = call(ctr, *run_words(shop_folder, out), *more)
+        assert code == 2 and says in err and not out.exists(), more
+    code, _, err = call(ctr, *run_words(shop_folder, out, profiles=False))
+    assert code == 2 and "--profiles" in err and not out.exists()
+    assert call(ctr)[0] == call(ctr, "run")[0] == call(ctr, "table")[0] == 2
+    assert call(ctr, *run_words((tmp_path / "none", *shop_folder[1:]), out))[0] == 4
+    write_shop(tmp_path / "other", seed=5)
+    code, _, err = call(ctr, *run_words((tmp_path / "other", *shop_folder[1:]), out))
+    assert code == 4 and "other texts" in err
+
+
+def test_a_profile_named_like_a_feature_is_refused(tmp_path):
+    layout = json.loads(json.dumps(RUN_LAYOUT).replace("life_stage", "stats"))
+    write_shop(tmp_path / "data", layout=layout, users=12)
+    code, _, err = call(ctr, *run_words((tmp_path / "data", None), tmp_path / "out", features="none", profiles=False))
+    assert code == 2 and "'stats' is also the name of a feature" in err
+
+
+def test_figures_of_a_run_are_those_of_its_test_rows(shop_folder, monkeypatch):
+    _, _, source, _ = shop_folder
+    fold = ctr.make_fold(source, "new", "liked", 2)
+    scores, scored = np.random.default_rng(0).normal(size=len(source.user)).astype(np.float32), []
+    monkeypatch.setattr(ctr, "fit", lambda net, train, valid, **how: scored.extend([train, valid, how]) or (0.5, 1, 2))
+    monkeypatch.setattr(ctr, "predict", lambda net, x: scores[:len(x)])
+    columns = np.random.default_rng(1).integers(0, 4, (len(source.user), 1))
+    found = ctr.run_one(source, fold, columns, [4], "lr", 3, options(protocol="new"))
+    test = np.flatnonzero(fold.part == 2)
+    y, z = (source.rating[test] > 3) * 1, scores[:len(test)]
+    assert found["auc"] == pytest.approx(ctr.auc(y, z), abs=1e-6)
+    assert found["logloss"] == pytest.approx(ctr.logloss(y, z), abs=1e-6)
+    assert found["gauc"] == pytest.approx(ctr.gauc(source.user[test], y, z), abs=1e-6)
+    rows = 0
+    for least, most in zip(ctr.KNOWN, (*ctr.KNOWN[1:], 10**9)):
+        mine = (fold.seen[test] >= least) & (fold.seen[test] < most)
+        assert found["known"][str(least)]["rows"] == mine.sum()
+        assert found["known"][str(least)]["auc"] == pytest.approx(ctr.auc(y[mine], z[mine]), abs=1e-6)
+        rows += mine.sum()
+    assert rows == len(test)
+    for (x, labels), part in zip(scored[:2], (0, 1)):
+        assert len(x) == (fold.part == part).sum() and np.array_equal(x[:, -1], columns[fold.part == part, 0])
+        assert np.array_equal(labels, source.rating[fold.part == part] > 3)
+    assert scored[2]["seed"] == 3
+
+
+def run_line(fold, seed, features, auc, **more):
+    return {"fold": fold, "seed": seed, "features": features, "model": "lr", "auc": auc, "gauc": None, "logloss": 0.5,
+            **more}
+
+
+def test_differences_are_paired_and_their_interval_is_over_folds():
+    auc = lambda run: run["auc"]
+    gaps = {(0, 0): 0.01, (0, 1): 0.03, (1, 0): 0.03, (1, 1): 0.05, (2, 0): 0.05, (2, 1): 0.07}
+    runs = [run_line(f, s, "none", 0.7 + f / 10 + s / 100) for f, s in gaps]
+    runs += [run_line(f, s, "userip", 0.7 + f / 10 + s / 100 + gap) for (f, s), gap in gaps.items()]
+    # folds' means .02, .04, .06: mean .04, s = .02, half width 4.303 · .02 / √3
+    want = pytest.approx((0.04, 4.303 * 0.02 / 3**0.5, 3))
+    assert ctr.difference(runs, auc, "lr", "userip", "none") == want
+    alone = [run_line(0, 7, "userip", 0.1), run_line(4, 0, "none", 0.2), run_line(3, 0, "userip", 0.9),
+             run_line(1, 5, "userip", None)]
+    # what has no partner is left out
+    assert ctr.difference([*alone, *runs[::-1]], auc, "lr", "userip", "none") == want
+    one = [run for run in runs if run["fold"] == 0]                                           # one fold: over its seeds
+    assert ctr.difference(one, auc, "lr", "userip", "none") == pytest.approx((0.02, 12.706 * 0.01 * 2**0.5 / 2**0.5, 2))
+    assert ctr.difference(runs, auc, "lr", "stats", "none") is None
+    assert ctr.difference(runs, auc, "fm", "userip", "none") is None
+    mean, half, n = ctr.difference([run_line(0, 0, "a", 0.5), run_line(0, 0, "b", 0.25)], auc, "lr", "a", "b")
+    assert (mean, n) == (0.25, 1) and math.isnan(half)
+    assert ctr.metric_mean([run_line(0, 0, "a", 0.2), run_line(0, 1, "a", 0.4), run_line(1, 0, "a", 0.9)], auc, "lr",
+                           "a") == pytest.approx(0.6)
+
+
+def test_table_names_what_its_intervals_are_over_and_leaves_blanks():
+    runs = [run_line(f, 0, name, 0.7 + f / 100 + gain) for f in (0, 1) for name,
+            gain in (("none", 0), ("userip", 0.01 + f / 100))]
+    runs += [run_line(0, s, "gap", 0.75 + s / 10) for s in (0, 1)] + [run_line(0, 1, "none", 0.8)]
+    text = ctr.overall_table(runs, {"folds": 5})
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    assert lines[0][5:] == ["AUC − none [95 % over folds]", "logloss − none [95 % over folds]"]
+    # userip: differences .01 and .02, s = .00707, half width 12.706 · .00707 / √2 = .0635
+    row = next(line for line in text.splitlines() if "| userip |" in line)
+    assert row == "| lr | userip | 0.7200 |  | 0.5000 | +0.0150 [-0.0485, +0.0785] | +0.0000 [+0.0000, +0.0000] |"
+    none = next(line for line in text.splitlines() if "| none |" in line)
+    assert none == "| lr | none | 0.7300 |  | 0.5000 |  |  |"
+    # gap was run on one fold of five so far: no interval over seeds may stand under "over folds"
+    gap = next(line for line in text.splitlines() if "| gap |" in line)
+    assert gap == "| lr | gap | 0.8000 |  | 0.5000 | +0.0500 | +0.0000 |"
+    assert "over seeds" in ctr.overall_table(runs[:2], {"folds": 1})
+    known = ctr.known_table([run_line(0, 0, "none", 0.5, known={"0": {"auc": 0.5}, "16": {"auc": 0.75}})], "lr")
+    assert known.splitlines()[0] == "| features | 0 known | 1 known | 2–3 known | 4–7 known | 8–15 known | 16+ known |"
+    assert known.splitlines()[2] == "| none | 0.5000 |  |  |  |  | 0.7500 |"
+
+
+def test_table_command(shop_folder, tmp_path):
+    for name, more in (("warm", []), ("new", ["--protocol", "new", "--folds", "2"])):
+        assert call(ctr, *run_words(shop_folder, tmp_path / name, *more, features="none,hobby,stats+life_stage",
+                                    models="lr,fm"))[0] == 0
+    code, text, _ = call(ctr, "table", tmp_path / "warm", tmp_path / "new")
+    assert code == 0 and text.index("shop, protocol warm, label liked") < text.index("shop, protocol new, label liked")
+    assert text.count("| stats+life_stage |") == 6 and "AUC of fm by number of known rows" in text
+    assert text.count("| lr | hobby |") == 2 and "over seeds" in text and "over folds" in text
+    assert call(ctr, "table", tmp_path / "warm", tmp_path / "new", "--out", tmp_path / "t.md")[0] == 0
+    assert (tmp_path / "t.md").read_text().strip() == text.strip()
+    torn = (tmp_path / "warm" / "runs.jsonl").read_bytes() + b'{"model"'
+    (tmp_path / "warm" / "runs.jsonl").write_bytes(torn)               # a run that is still writing, or was killed
+    assert call(ctr, "table", tmp_path / "warm")[0] == 0 and (tmp_path / "warm" / "runs.jsonl").read_bytes() == torn
+    assert call(ctr, "table", tmp_path / "none")[0] == 4
+    shutil.copytree(tmp_path / "warm", tmp_path / "empty")
+    (tmp_path / "empty" / "runs.jsonl").write_bytes(b"")
+    code, _, err = call(ctr, "table", tmp_path / "empty")
+    assert code == 4 and "holds no runs" in err
+
+
+# ------------------------------------------------------------------------------------------- reproduce.sh and README
+
+HERE = Path(__file__).resolve().parent
+FILES = ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt", "results/report.py")
+
+
+def copy_kit(folder):
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, folder / name)
 
 
 def reproduce(folder, *words, **settings):
     return subprocess.run(["bash", "reproduce.sh", *words], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "VENV": sys.prefix, "USERS": "30", "SEEDS": "2", "MODELS": "lr",
-                               "DTYPE": "float32", "LM": "", **settings})
+                          env={**os.environ, "VENV": sys.prefix, "USERS": "30", "SEEDS": "1", "MODELS": "lr",
+                               "DTYPE": "float32", "DEVICE": "cpu", "LM": "", "CDPATH": "/", **settings})
 
 
-def test_script_end_to_end_skips_and_stops(tiny, tmp_path):
-    """A new environment too: made by a Python whose environments see the packages of this one, so nothing is fetched."""
-    for name in ("uip.py", "data.py", "codebook.py", "ctr.py", "reproduce.sh", "requirements.txt"):
-        shutil.copy(HERE / name, tmp_path)
+def test_script_end_to_end_then_skips_every_stage(tiny, tmp_path):
+    """A new environment too.
+
+    It is made by a Python whose environments see the packages of this one, so nothing is fetched.
+    """
+    copy_kit(tmp_path)
     python = tmp_path / "a python"
     python.write_text(f"""#!/bin/sh
 '{sys.executable}' "$@" || exit
@@ -3172,68 +3906,79 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     echo '{Path(pytest.__file__).parents[1]}' > "$folder/these.pth"; done ;; esac
 """)
     python.chmod(0o755)
-    run = partial(reproduce, tmp_path, VENV=".venv", PYTHON=str(python))
-    first = run(LM=str(tiny))
+    lm = shutil.copytree(tiny, tmp_path / "lm")
+    run = functools.partial(reproduce, tmp_path, VENV=".venv", PYTHON=str(python), LM="lm")
+    first = run()
     assert first.returncode == 0, first.stdout + first.stderr
-    summary = json.loads((tmp_path / "results/demo/summary.json").read_text())
+    results = tmp_path / "runs" / "results" / "demo"                   # settings of one's own: not over results/
+    assert "results go to runs/results" in first.stdout and not (tmp_path / "results" / "demo").exists()
+    summary = json.loads((results / "summary.json").read_text())
     assert set(summary) >= {"lm", "ari", "perplexity", "F", "auc", "seconds"}
     assert set(summary["ari"]["hobby"]) == {"own", "other"}
-    assert [len(values) for values in summary["auc"]["lr"].values()] == [2] * 6
+    assert all(len(values) == 1 for values in summary["auc"]["lr"].values()) and "userip" in summary["auc"]["lr"]
     assert set(summary["seconds"]) >= {"data", "profiles", "bank", "ctr"}
-    assert "| lr | userip |" in first.stdout and "bash reproduce.sh full" in first.stdout   # the table, and what is next
-    saved = (tmp_path / "results/demo/summary.json").read_bytes()
-    again = run(LM=str(tiny))
-    assert again.stdout.count("up to date") == 7 and (tmp_path / "results/demo/summary.json").read_bytes() == saved
+    assert "| lr | userip |" in first.stdout and "bash reproduce.sh full" in first.stdout
+    saved = {path: path.read_bytes() for path in results.iterdir()}
+    again = run()
+    assert again.stdout.count("up to date") == 7 and {path: path.read_bytes() for path in results.iterdir()} == saved
     with open(tmp_path / "ctr.py", "a") as file:
         file.write("# touched\n")
-    touched = run(LM=str(tiny))
-    assert [s for s in "env lm data profiles bank ctr table".split() if f"[demo/{s}] up to date" not in touched.stdout] == [
-        "ctr", "table"]
-    shutil.rmtree(tmp_path / "results")                                # lost outputs are made again
-    assert run(LM=str(tiny)).returncode == 0 and (tmp_path / "results/demo/score.json").exists()
-    broken = run("profiles", LM="./nowhere")
-    assert broken.returncode == 2 and "Stage profiles failed" in broken.stderr and "runs/demo/profiles.log" in broken.stderr
-    assert "no such folder" in broken.stderr
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)             # a folder that is no environment of ours:
-    alien = reproduce(tmp_path, "env", VENV=str(tmp_path))                # refused, and nothing in it is touched
-    assert alien.returncode == 2 and "move it" in alien.stderr and (tmp_path / "uip.py").exists()
-    shutil.rmtree(next(tmp_path.glob(".venv/lib/python*/site-packages/pip")))
-    next(tmp_path.glob(".venv/lib/python*/site-packages/these.pth")).unlink()
-    mended = run("env", LM=str(tiny))                                     # half made by this script: made again
-    assert mended.returncode == 0 and "up to date" not in mended.stdout, mended.stderr
-    assert reproduce(tmp_path, "profilse").returncode == 2 and "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
+    touched = run()
+    assert re.findall(r"\[demo/(\w+)\] (?!up to date)", touched.stdout) == ["ctr", "table"]
+    shutil.rmtree(tmp_path / "runs" / "results")                       # lost outputs are made again
+    assert run().returncode == 0 and (results / "score.json").exists()
+    weights = bytearray((lm / "model.safetensors").read_bytes())
+    weights[-1] ^= 1                                                   # a changed LLM is seen
+    (lm / "model.safetensors").write_bytes(weights)
+    assert "[demo/profiles] up to date" not in run().stdout
+    broken = run(LM="./nowhere")
+    assert broken.returncode != 0 and "there is no such folder" in broken.stderr + broken.stdout
+
+
+def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(tmp_path):
+    copy_kit(tmp_path)
+    assert reproduce(tmp_path, "profilse").returncode == 2
+    assert "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
+    (tmp_path / "alien" / "bin").mkdir(parents=True)
+    (tmp_path / "alien" / "bin" / "python").symlink_to(sys.executable)
+    alien = reproduce(tmp_path, VENV="alien")
+    assert alien.returncode == 2 and "move it" in alien.stderr and (tmp_path / "alien" / "bin" / "python").exists()
+    (tmp_path / "runs").rmdir() if (tmp_path / "runs").exists() else None
+    (tmp_path / "runs").write_text("in the way")                       # as in a folder that may not be written
+    assert (readonly := reproduce(tmp_path)).returncode == 3 and "cannot write" in readonly.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, number):
-    """With a python that hangs in the stage `data`: a signal to the script ends both; SIGKILL leaves a lock to take over."""
-    for name in ("data.py", "reproduce.sh", "requirements.txt"):
-        shutil.copy(HERE / name, tmp_path)
-    (tmp_path / "lm").mkdir()
+    """With a python that hangs in the stage `data`.
+
+    A signal to the script ends both; SIGKILL leaves a lock to take over.
+    """
+    copy_kit(tmp_path)
+    (tmp_path / "models" / "default").mkdir(parents=True)
+    (tmp_path / "models" / "default" / "source.json").write_text("{}")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\ncase $1 in data.py) echo $$ > pid; sleep 600 & wait ;; esac\n")
+    python.write_text("#!/bin/sh\ncase $2 in planted) echo $$ > pid; sleep 600 & wait ;; esac\n")
     python.chmod(0o755)
-    command = ["bash", "reproduce.sh", "data"]
-    settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": "lm"}, "stderr": subprocess.PIPE,
+    settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": ""}, "stderr": subprocess.PIPE,
                 "stdout": subprocess.DEVNULL, "text": True,              # in the background a shell ignores Ctrl-C:
                 "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 
     def begun():
         (tmp_path / "pid").unlink(missing_ok=True)
-        run = subprocess.Popen(command, **settings)
+        run = subprocess.Popen(["bash", "reproduce.sh"], **settings)
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.01)
         return run, int((tmp_path / "pid").read_text())
 
     run, child = begun()
-    second = subprocess.run(command, **settings)
+    second = subprocess.run(["bash", "reproduce.sh"], **settings)
     assert second.returncode == 2 and f"process {run.pid} on" in second.stderr, second.stderr
     run.send_signal(number)
-    assert "The same command goes on" in run.communicate()[1] and run.returncode == 128 + number
-    with contextlib.suppress(OSError):                               # a zombie until somebody asks for it
+    assert "The same command resumes" in run.communicate()[1] and run.returncode == 128 + number
+    with contextlib.suppress(OSError):                                 # a zombie until somebody asks for it
         while Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)
     assert not [path for path in tmp_path.glob("runs/**/*") if path.is_symlink()]
@@ -3241,49 +3986,49 @@ def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, numbe
     run.kill()
     run.wait()
     os.killpg(os.getpgid(child), signal.SIGKILL)
-    run, child = begun()                                             # the dead script's lock is no hindrance
+    run, child = begun()                                               # the dead script's lock is no hindrance
     run.terminate()
     run.communicate()
     assert run.returncode == 143
 
 
-def test_modules_stand_alone():
-    own = {"uip", "data", "codebook", "ctr"}
-    for name, allowed in (("data", set()), ("codebook", set()), ("ctr", set()), ("uip", {"codebook"})):
-        tree = ast.parse((HERE / f"{name}.py").read_text())
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert names & own == allowed
+def test_each_file_works_copied_alone_and_the_readme_snippets_run(tiny, tmp_path):
+    """The README's snippet of a file runs where that file stands alone (uip.py with codebook.py)."""
+    snippets = re.findall(r"```python\n# (.*?): .*?\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)
+    assert [files for files, _ in snippets] == ["uip.py + codebook.py", "codebook.py", "ctr.py", "data.py"]
+    for files, snippet in snippets:
+        folder = tmp_path / files.split(".")[0]
+        folder.mkdir()
+        for file in files.split(" + "):
+            shutil.copy(HERE / file, folder)
+        code = f"LM = {str(tiny)!r}\n" + snippet
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                              env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_two_hashes_of_user_ids_are_one():
-    users = np.array(["u1", "", "Ünïcode 用户", "a" * 40, "7"])
-    assert np.array_equal(ctr.hash_users(users), codebook.hash_users(users))
+def test_imports_run_downwards():
+    """data.py is the ground floor; above it codebook.py, then uip.py and ctr.py; only uip → codebook above the line."""
+    floors = {"data": 0, "codebook": 1, "uip": 2, "ctr": 2}
+    for name, floor in floors.items():
+        library, _, commands = (HERE / f"{name}.py").read_text(encoding="utf-8").partition("# ---- command line")
+        used = lambda text: set(re.findall(r"^\s*(?:import|from) (data|codebook|uip|ctr)\b", text, re.M))
+        assert used(library) == ({"codebook"} if name == "uip" else set())
+        assert all(floors[other] < floor for other in used(commands))
 
 
-def test_readme_snippets_run(tiny, tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(snippets) == 4
-    monkeypatch.chdir(tmp_path)
-    for snippet in snippets:
-        exec(snippet, {"LM": str(tiny)})
-
-
-def test_readme_tables_are_made_from_the_results(tmp_path):
-    """Every figure of the README's tables comes out of results/*.json again: tables first, then the blocks."""
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "results", "README.md"], cwd=HERE)
-    if changed.returncode:
-        pytest.skip("results or README.md are not those of a commit: a run of your own?")
+def test_pages_are_made_from_the_records_byte_for_byte(tmp_path):
+    """Every figure of results/*.md and of the README's blocks comes out of the records again."""
     copy = shutil.copytree(HERE / "results", tmp_path / "results").parent
-    made = [path for path in copy.rglob("*") if path.name == "summary.json" or path.suffix == ".md" and path.name not in
-            ("cards.md", "log.md", "README.md")]
-    assert len(made) >= 10
+    shutil.copy(HERE / "README.md", copy)
+    made = [copy / "results" / "README.md", *copy.glob("results/*/table.md")]
+    assert len(made) >= 5
     for path in made:
         path.unlink()
-    pages = [copy / "README.md", copy / "results" / "README.md"]
-    for page in pages:
-        page.write_text(re.sub(r"(<!-- include \S+ -->\n).*?(<!-- /include -->)", r"\1\2",
-                               (HERE / page.relative_to(copy)).read_text(), flags=re.S))
-    ctr.main(["tables", str(copy / "results"), *map(str, pages)])
-    for path in [*made, *pages]:
+    page = (copy / "README.md").read_text(encoding="utf-8")
+    page = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", r"\1\3", page, flags=re.S)
+    (copy / "README.md").write_text(page, encoding="utf-8")
+    subprocess.run([sys.executable, HERE / "results" / "report.py", "--results", copy / "results",
+                    "--readme", copy / "README.md"], check=True)
+    for path in [*made, copy / "README.md"]:
         assert path.read_bytes() == (HERE / path.relative_to(copy)).read_bytes(), path

@@ -1,50 +1,42 @@
-"""UserIP-Tuning: infer a user's latent profiles from behaviour by prompt tuning a frozen LLM with EM.
+"""UserIP-Tuning: infer a user's latent profiles from behaviour by prompt tuning a frozen LLM with EM (inference).
 
-    python uip.py fit   --data DIR --lm NAME_OR_DIR --out DIR      EM over all users of DIR: profiles and codebook
-    python uip.py infer --data DIR --profiles DIR --lm … --out DIR   new users, codebook fixed
-    python uip.py bench --data DIR --lm NAME_OR_DIR                E-step speed beside the bare LLM and the naive way
+    python uip.py fit   --data DIR --lm NAME_OR_DIR --out DIR        text table, codebooks and everybody's IDs
+    python uip.py infer --data DIR --profiles DIR --lm … --out DIR   IDs of new users from fitted codebooks
 
 The model, for user u with evidence texts b_1 … b_n and profiles p (hobby, background):
 
-    z_u^p ~ Cat(π^p)                 collaborative ID
-    θ_u^p | z = k ~ N(μ_k^p, τ_p² I)   soft token(s) in the LLM's input-embedding space
+    θ_u^p ~ N(θ⁰, T^p)               soft token(s) in the LLM's input-embedding space; the ID is the nearest of K codes
     P(B_u | θ_u) = Π_i P_LM(value(b_i) | BOS, name_p θ_u^p for the profiles p in view(b_i), lead(b_i))
 
-and hard EM is coordinate ascent on
+Texts are independent given θ, so at shared soft tokens θ⁰ the gradient of a user's evidence is a sum over texts. The
+LLM makes one forward and backward pass per *distinct text* (the text table); EM on the sums has closed-form steps
+(codebook.py), and exact EM rounds tune one prompt per code by the LLM's own likelihood.
 
-    F = Σ_u [ log P(B_u | θ_u) − λ/2 Σ_p ‖θ_u^p − μ_{z_u^p}^p‖² / τ_p² ].
-
-Read on in this order: Layout, pack → collate (mask) → nll (likelihood) → e_step → m_step → fit.
+Read on in this order: Layout → pack, collate (mask) → nll (likelihood) → score_texts → e_step → m_step → fit.
 """
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
-import platform
-import resource
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import DynamicCache
 
-from codebook import (Fault, Progress, alone, as_json, assign, digest, facts, kmeans, need, perplexity, publish, read_json,
-                      read_npz, vq, write_text)
+from codebook import Codebook, Evidence, fit_codebook, kmeans, perplexity, responsibilities, sum_texts
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -55,36 +47,40 @@ class Layout:
 
         BOS | name₁ θ₁ | name₂ θ₂ | lead value | lead value | …
 
-    Every block sees BOS and, causally, itself. A name+θ block sees nothing else. An evidence block (lead value) also
-    sees the name+θ blocks of its view, and no other evidence. Each name+θ block starts at position 1, every evidence
-    block right after the longest of them: no block knows how many others there are.
+    Every block sees BOS and, causally, itself. A name+θ block sees nothing else (own-name mask). An evidence block
+    (lead value) also sees the name+θ blocks of its view, and no other evidence. Each name+θ block starts at position
+    1, every evidence block right after the longest of them: no block knows how many others there are.
     """
     profiles: tuple[str, ...]                                      # P names, in the order of θ's second axis
     names: tuple[tuple[int, ...], ...]                             # P token sequences, "The user's hobby is"
-    kinds: dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]     # kind → (lead tokens, view: does it see profile p?)
+    kinds: dict[str, tuple[tuple[int, ...], tuple[bool, ...], int]]   # kind → lead, view [P], most tokens of a value
     bos: int
     tokenizer: object
-    m: int = 1                                                     # soft tokens per profile
-    cut: int = 32                                                  # longest evidence value, tokens
-    without: str = ""                                              # ablation: "views" or "mask"
+    m: int                                                         # soft tokens per profile
+    start: int                                                     # position of an evidence block's first token
+    own_names: bool = True                                         # False: the ablation without the own-name mask
 
     @classmethod
     def build(cls, spec: dict, tokenizer, m: int = 1, cut: int = 32, without: str = "") -> "Layout":
-        """From {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …]}}}, as in meta.json."""
+        """From {"profiles": {profile: name}, "kinds": {kind: {"lead": text, "view": [profile, …], "cut": tokens}}}.
+
+        m: soft tokens per profile; cut: most tokens of a value. without: "views" (every text sees all profiles) or
+        "mask" (names see earlier profiles). Raises ValueError for anything else than a layout.
+        """
         bos = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
         if bos is None:
-            raise Fault(4, "the tokenizer has neither a BOS nor an EOS token to start a sequence with")
+            raise ValueError("the tokenizer has neither a BOS nor an EOS token to start a sequence with")
         try:
             profiles = tuple(spec["profiles"])
             names = tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spec["profiles"].values())
-            layout = cls(profiles, names, {}, bos, tokenizer, m, cut, without)
+            layout = cls(profiles, names, {}, bos, tokenizer, m, 1 + max(map(len, names)) + m, without != "mask")
             for kind, how in spec["kinds"].items():
                 view = tuple(p in how["view"] or without == "views" for p in profiles)
-                layout.kinds[kind] = layout.encode(how["lead"]), view
+                layout.kinds[kind] = layout.encode(how["lead"]), view, how.get("cut", cut)
                 if not (layout.kinds[kind][0] and how["view"] and set(how["view"]) <= set(profiles)):
                     raise ValueError(f"kind {kind!r} needs a lead, and a view of {', '.join(profiles)}; it has {how}")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise Fault(4, f"the layout is not one: {error!r}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not a layout: {error!r}") from None
         return layout
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -92,18 +88,22 @@ class Layout:
         before = self.tokenizer.encode("x", add_special_tokens=False)
         return tuple(self.tokenizer.encode("x " + text, add_special_tokens=False)[len(before):])
 
-    @property
-    def start(self) -> int:
-        """Position of the first token of every evidence block."""
-        return 1 + max(len(name) for name in self.names) + self.m
+    def only(self, view: tuple[bool, ...]) -> "Layout":
+        """The layout of the texts with this view, without the profiles that they do not see.
+
+        Fewer columns, equal values.
+        """
+        pick = lambda items: tuple(item for item, seen in zip(items, view) if seen)
+        kinds = {kind: (lead, pick(sees), cut) for kind, (lead, sees, cut) in self.kinds.items() if sees == view}
+        return replace(self, profiles=pick(self.profiles), names=pick(self.names), kinds=kinds)
 
     @property
     def cached(self) -> int:
         """C, the number of columns that depend on no user: BOS and the names."""
-        return 1 + sum(len(name) for name in self.names)
+        return 1 + sum(map(len, self.names))
 
-    def fixed(self) -> tuple[list[int], list[int], list[int]]:
-        """ids, blocks and positions of the columns before the evidence: BOS, then all names, then all slots of θ.
+    def fixed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, blocks and positions [C + P·m] of the columns before the evidence: BOS, all names, all slots of θ.
 
         Block 0 is BOS, block p+1 is name_p with θ_p. Names stand before slots so that what no user changes comes first.
         """
@@ -116,73 +116,58 @@ class Layout:
             ids += [self.bos] * self.m                             # replaced by θ
             blocks += [p] * self.m
             positions += range(1 + len(name), 1 + len(name) + self.m)
-        return ids, blocks, positions
+        return torch.tensor(ids), torch.tensor(blocks), torch.tensor(positions)
 
 
 class Row(NamedTuple):
-    """One user's evidence as a prefix tree: node i is a token, seen by the nodes below it."""
-    ids: list[int]                 # [T] token
-    parents: list[int]             # [T] node before this one in its text; a root is its own parent
-    positions: list[int]           # [T]
-    views: list[tuple[bool, ...]]  # [T] the profiles it sees
-    labels: list[int]              # [T] how many texts have this token as a *value* token here; 0 for a lead token
+    """The evidence of one user, or one text, as tokens one after the other."""
+    ids: Tensor            # [T] int64
+    positions: Tensor      # [T] int64
+    text: Tensor           # [T] int64, which text the token belongs to
+    views: Tensor          # [T, P] bool, the profiles that the token sees
+    labels: Tensor         # [T] bool, a value token: its likelihood counts
 
 
-def pack(evidence: dict[str, list[str]], layout: Layout) -> Row:
-    """One user's evidence texts {kind: [value, …]} in one row (ours: shared prefixes are stored, and computed, once).
-
-    Texts are conditionally independent given θ, so two that begin alike share that part exactly: what a token sees is
-    its own text's past, whichever texts run through it. log P(B|θ) = Σ_nodes labels · log P(node | its ancestors).
-    """
-    row, nodes = Row([], [], [], [], []), {}
-    for kind, texts in evidence.items():
+def pack(texts: list[tuple[str, str]], layout: Layout) -> Row:
+    """Evidence texts [(kind, value), …] → one row. Raises ValueError for a kind that the layout does not know."""
+    ids, positions, text, views, labels = [], [], [], [], []
+    for number, (kind, value) in enumerate(texts):
         if kind not in layout.kinds:
-            raise Fault(4, f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
-        lead, view = layout.kinds[kind]
-        for text in texts:
-            value = layout.encode(text)[:layout.cut]
-            node = None
-            for depth, token in enumerate((*lead, *value)):
-                key = (node, view, token)
-                if key not in nodes:
-                    nodes[key] = len(row.ids)
-                    row.ids.append(token)
-                    row.parents.append(nodes[key] if node is None else node)
-                    row.positions.append(layout.start + depth)
-                    row.views.append(view)
-                    row.labels.append(0)
-                node = nodes[key]
-                row.labels[node] += depth >= len(lead)
-    return row
-
-
-def told(row: Row) -> Tensor:
-    """How many texts have a node as a value token, for each profile that it sees: [T, P]."""
-    return torch.tensor(row.labels)[:, None] * torch.tensor(row.views)
+            raise ValueError(f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
+        lead, view, cut = layout.kinds[kind]
+        tokens = layout.encode(value)[:cut]
+        ids += [*lead, *tokens]
+        size = len(lead) + len(tokens)
+        positions += range(layout.start, layout.start + size)
+        text += [number] * size
+        views += [view] * size
+        labels += [False] * len(lead) + [True] * len(tokens)
+    whole = lambda values: torch.tensor(values, dtype=torch.int64)
+    return Row(whole(ids), whole(positions), whole(text),
+               torch.tensor(views, dtype=torch.bool).reshape(-1, len(layout.names)),
+               torch.tensor(labels, dtype=torch.bool))
 
 
 class Batch(NamedTuple):
     """Packed rows as tensors. Columns: [BOS, names | slots of θ | evidence, right-padded]; C, P·m and T of them."""
-    ids: Tensor            # [B, Q] long; Q = P·m + T with a prefix cache, else C + P·m + T
-    positions: Tensor      # [B, Q] long
+    ids: Tensor            # [B, Q] int64; Q = P·m + T with a prefix cache, else C + P·m + T
+    positions: Tensor      # [B, Q] int64
     mask: Tensor           # [B, 1, Q, K] additive float in the LLM's dtype; K = C + P·m + T
     slots: slice           # the columns of ids that θ replaces
-    predict: Tensor        # [S] flat index into B × Q of the positions that predict a value token
-    source: Tensor         # [L] index into predict: where the label's distribution comes from
+    predict: Tensor        # [L] flat index into B × Q of the positions that predict a value token
     target: Tensor         # [L] the value token
-    weight: Tensor         # [L] float: how many texts
-    user: Tensor           # [L] row of the batch
+    row: Tensor            # [L] row of the batch
     prefix: list | None    # per layer (keys, values) [1, heads, C, head_dim] of BOS and names; None: not cached
 
 
-def visible(block: Tensor, order: Tensor, own: bool = True) -> Tensor:
+def visible(block: Tensor, position: Tensor, own: bool = True) -> Tensor:
     """Own-name mask of the fixed columns, [F, F] bool (query, key): BOS, and causally the own block, nothing else.
 
     own = False, the ablation: every column sees all before it, so all names and the soft tokens of earlier profiles.
     """
     if not own:
         return torch.ones(len(block), len(block), dtype=torch.bool).tril()
-    return (block == 0) | (block[:, None] == block) & (order[:, None] >= order)
+    return (block == 0) | (block[:, None] == block) & (position[:, None] >= position)
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,32 +178,24 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, device="cpu",
             dtype: torch.dtype = torch.float32) -> Batch:
     """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
-    ids, blocks, positions = layout.fixed()
-    B, F, T = len(rows), len(ids), max(len(row.ids) for row in rows)
-    C = layout.cached
-    pad = lambda column, fill: torch.tensor([[*getattr(r, column), *fill(len(r.ids))] for r in rows])  # noqa: E731
-    zeros = lambda n: [0] * (T - n)
-    node, depth, labels = pad("ids", zeros), pad("positions", zeros), pad("labels", zeros)       # (B, T)
-    parents = pad("parents", lambda n: range(n, T))                                              # (B, T)
-    views = pad("views", lambda n: [[False] * len(layout.names)] * (T - n))                      # (B, T, P)
+    ids, block, position = layout.fixed()
+    pad = lambda name, fill: pad_sequence([getattr(row, name) for row in rows], batch_first=True, padding_value=fill)
+    tokens, positions, text = pad("ids", layout.bos), pad("positions", layout.start), pad("text", -1)     # (B, T)
+    views, labels = pad("views", False), pad("labels", False)                                # (B, T, P) (B, T)
+    (B, T), F, C = tokens.shape, len(ids), layout.cached
 
-    block, order = torch.tensor(blocks), torch.tensor(positions)
-    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                       # BOS is in every view
+    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                   # BOS is in every view
     sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
-    sees[:, :F, :F] = visible(block, order, layout.without != "mask")
+    sees[:, :F, :F] = visible(block, position, layout.own_names)
     sees[:, F:, :F] = view_of[:, :, block]                             # BOS, and the name+θ blocks of its view
-    up = torch.arange(T).expand(B, T)
-    for _ in range(int(depth.max()) - layout.start + 1):               # itself, its parent, its parent's parent …
-        sees[:, F:, F:].scatter_(2, up[:, :, None], True)
-        up = parents.gather(1, up)
+    sees[:, F:, F:] = (text[:, :, None] == text[:, None, :]).tril()    # the tokens before it in its own text
 
     skip = C if prefix is not None else 0                              # cached columns are keys, not queries
-    full = lambda fixed, tail: torch.cat([torch.tensor(fixed[skip:]).expand(B, -1), tail], 1)
-    user, child = labels.nonzero(as_tuple=True)                        # (L,) (L,)
-    flat = user * (F - skip + T) + F - skip + parents[user, child]     # the parent predicts the child
-    predict, source = flat.unique(return_inverse=True)
-    tensors = (full(ids, node), full(positions, depth), additive(sees[:, skip:], dtype), predict, source,
-               node[user, child], labels[user, child].float(), user)
+    full = lambda fixed, tail: torch.cat([fixed[skip:].expand(B, -1), tail], 1)
+    row, label = labels.nonzero(as_tuple=True)                         # (L,) (L,)
+    predict = row * (F - skip + T) + F - skip + label - 1              # the token before predicts it: no lead is empty
+    tensors = (full(ids, tokens), full(position, positions), additive(sees[:, skip:], dtype), predict,
+               tokens[row, label], row)
     ids, positions, mask, *rest = (t.to(device) for t in tensors)
     return Batch(ids, positions, mask, slice(C - skip, F - skip), *rest, prefix)
 
@@ -241,10 +218,10 @@ class Prefix(DynamicCache):
 @torch.no_grad()
 def prefix(lm, layout: Layout) -> list:
     """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
-    ids, block, order = (torch.tensor(column[:layout.cached]) for column in layout.fixed())
-    mask = additive(visible(block, order, layout.without != "mask")[None], lm.dtype)
+    ids, block, position = (column[:layout.cached] for column in layout.fixed())
+    mask = additive(visible(block, position, layout.own_names)[None], lm.dtype)
     out = lm.base_model(input_ids=ids[None].to(lm.device), attention_mask=mask.to(lm.device),
-                        position_ids=order[None].to(lm.device), past_key_values=DynamicCache(), use_cache=True)
+                        position_ids=position[None].to(lm.device), past_key_values=DynamicCache(), use_cache=True)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
@@ -258,87 +235,33 @@ def hidden(lm, batch: Batch, theta: Tensor) -> Tensor:
                          past_key_values=cached, use_cache=cached is not None).last_hidden_state
 
 
-def nll(lm, batch: Batch, theta: Tensor) -> Tensor:
-    """−log P(B_u | θ_u) in nats, [B] fp32, differentiable in theta [B, P, m, d] (fp32, whatever the LLM's dtype).
+def nll(lm, batch: Batch, theta: Tensor, states: Tensor | None = None) -> Tensor:
+    """−log P(B | θ) of each row in nats, [B] fp32, differentiable in theta [B, P, m, d].
 
-    Only value tokens count, never a lead, a name or BOS, and the head runs only where a value token is predicted.
+    theta is fp32, whatever the LLM's dtype. Only value tokens count, never a lead, a name or BOS, and the head runs
+    only where a value token is predicted. states: hidden(lm, batch, theta), if already there.
     """
-    h = hidden(lm, batch, theta).flatten(0, 1)[batch.predict]          # (S, d)
-    logits = lm.get_output_embeddings()(h)                             # (S, V)
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    gain = batch.weight * logp[batch.source, batch.target]             # (L,)
-    return -torch.zeros(len(batch.ids), dtype=gain.dtype, device=gain.device).index_add(0, batch.user, gain)
+    states = hidden(lm, batch, theta) if states is None else states
+    logits = lm.get_output_embeddings()(states.flatten(0, 1)[batch.predict])                 # (L, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")         # (L,)
+    return torch.zeros(len(batch.ids), dtype=loss.dtype, device=loss.device).index_add(0, batch.row, loss)
 
 
-# ------------------------------------------------------------------------------------------------------- EM
+# ----------------------------------------------------------------------------------------------- text table
 
-class Book(NamedTuple):
-    """The codebook: one mixture of codes per profile."""
-    mu: list[Tensor]       # P × [K_p, m·d] fp32
-    pi: list[Tensor]       # P × [K_p] share of the users
-    tau2: Tensor           # [P] variance per coordinate around the own code, of the first M-step
-
-
-class Fitted(NamedTuple):
-    theta: Tensor          # [N, P, m, d] fp32
-    ids: Tensor            # [N, P] long, codes from 0
-    nll: Tensor            # [N] nats
-    book: Book
-    trace: list[dict]      # one entry per half-step
+class TextTable(NamedTuple):
+    """What the LLM says of each distinct text at the shared soft tokens θ⁰."""
+    nll: Tensor            # [T] fp32, nats
+    tokens: Tensor         # [T] fp32, number of value tokens
+    gradient: Tensor       # [T, P, m·d] fp32, of nll in θ; 0 for profiles outside the text's view
+    hidden: Tensor         # [T, d] fp32, Σ of the last hidden states of the value tokens (the untuned LLM)
+    reversed: Tensor       # [T, P, d] fp32, hidden state after "lead value name_p" times tokens (behaviour first)
 
 
-def e_step(lm, layout: Layout, rows: list[Row], theta: Tensor, centre: Tensor | None = None,
-           precision: Tensor | None = None, *, steps: int = 4, lr: float = 0.02, shrink: float | None = None,
-           budget: int = 1024, cache: list | None = None, tick=lambda users: None) -> tuple[Tensor, Tensor]:
-    """MAP of θ given the codebook: `steps` of Adam from the θ given, keeping each user's best iterate.
-
-    rows: N packed users, each with evidence. theta: [N, P, m, d] fp32. centre: [N, P, m·d] μ of each user's code;
-    precision: [P] λ/τ² (both None in round 0: no prior). budget: tokens in one forward pass, halved when memory runs out.
-    shrink (ours): plain gradient steps instead, lr · gradient / (value tokens of the profile + shrink). Adam moves all
-    users equally far, whatever they have told; the first of these steps is the MAP under a Gaussian prior around the
-    start that is worth `shrink` tokens, as far as each token has the curvature 1/lr.
-    Returns (theta [N, P, m, d], nll [N]); the objective of no user is worse than at the start.
-    """
-    start, theta, best_nll, lengths = theta, theta.clone(), torch.empty(len(rows)), [len(row.ids) for row in rows]
-
-    def climb(users: list[int]) -> None:
-        batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
-        x = start[users].to(lm.device).requires_grad_()
-        ascent = (torch.optim.Adam if shrink is None else torch.optim.SGD)([x], lr=lr)
-        tokens = torch.stack([told(rows[u]).sum(0) for u in users]).to(x.device)            # (B, P)
-        best = torch.full((len(users),), math.inf, device=x.device)
-        for step in range(steps + 1):
-            with torch.set_grad_enabled(step < steps):
-                value = nll(lm, batch, x)
-                loss = value
-                if centre is not None:
-                    gap = (x.flatten(2) - centre[users].to(x.device)).square().sum(2)       # (B, P)
-                    loss = value + 0.5 * gap @ precision.to(x.device)
-            better = (loss < best).nonzero().flatten()
-            best[better], found = loss.detach()[better], [users[i] for i in better.tolist()]
-            theta[found], best_nll[found] = x.detach()[better].cpu(), value.detach()[better].cpu()
-            if step < steps:
-                loss.sum().backward()
-                if shrink is not None:
-                    x.grad /= (tokens + shrink).clamp(min=1)[:, :, None, None]
-                ascent.step()
-                ascent.zero_grad()
-            tick(len(users))
-        if not (best.isfinite().all() and x.isfinite().all()):
-            raise Fault(4, f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
-
-    todo = batches(lengths, budget)
-    while todo:
-        try:
-            climb(todo[0])
-            todo.pop(0)
-        except torch.OutOfMemoryError:
-            if len(todo[0]) == 1:
-                raise
-            rest, budget = sum(todo, []), max(1, budget // 2)
-            print(f"out of memory: going on with {budget} tokens in one pass", file=sys.stderr)
-            todo = [[rest[i] for i in group] for group in batches([lengths[u] for u in rest], budget)]
-    return theta, best_nll
+def shared_prompt(lm, m: int) -> Tensor:
+    """θ⁰ of one profile, [m, d] fp32 on the CPU: the mean vocabulary embedding."""
+    return lm.get_input_embeddings().weight.float().mean(0).cpu().repeat(m, 1)
 
 
 def batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -348,234 +271,299 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
         if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
-    return groups
+    return groups if lengths else []
+
+
+def auto_budget(lm) -> int:
+    """Tokens in one pass.
+
+    1,024 on a CPU; on a GPU as many as a forward and backward pass fits into half its free memory.
+    """
+    if lm.device.type != "cuda":
+        return 1024
+    layers, width, size = lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype.itemsize
+    per_token = 40 * layers * width * size + 16 * lm.config.vocab_size
+    return max(1024, min(65536, torch.cuda.mem_get_info(lm.device)[0] // 2 // per_token))
+
+
+def run_batches(lengths: list[int], budget: int, run) -> None:
+    """run(indices) for all batches; where memory runs out, the rest goes on with half the budget."""
+    todo = batches(lengths, budget)
+    while todo:
+        try:
+            run(todo[0])
+            todo.pop(0)
+        except RuntimeError as error:
+            short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not short or len(todo[0]) == 1:
+                raise
+            rest, budget = sum(todo, []), max(1, budget // 2)
+            print(f"out of memory: continuing with {budget} tokens in one pass", file=sys.stderr)
+            todo = [[rest[i] for i in group] for group in batches([lengths[u] for u in rest], budget)]
+
+
+def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor | None = None, *, budget: int = 1024,
+                tick=lambda texts: None) -> TextTable:
+    """One forward and backward pass per text (ours: gradients of users are sums over their texts).
+
+    texts: [(kind, value), …], each once. theta: [P, m, d] soft tokens, θ⁰ by default. budget: padded tokens in one
+    pass, halved when memory runs out. Raises ValueError where the likelihood is not finite or a text exceeds the LLM's
+    context.
+    """
+    P, m, d = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim
+    theta = shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta                 # (P, m, d)
+    table = TextTable(torch.zeros(len(texts)), torch.zeros(len(texts)), torch.zeros(len(texts), P, m * d),
+                      torch.zeros(len(texts), d), torch.zeros(len(texts), P, d))
+    groups = {}
+    for i, (kind, _) in enumerate(texts):
+        if kind not in layout.kinds:
+            raise ValueError(f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
+        groups.setdefault(layout.kinds[kind][1] if layout.own_names else (True,) * P, []).append(i)
+    for view, members in groups.items():                               # texts of one view need only its profiles
+        part = layout.only(view) if layout.own_names else layout
+        rows, cache, seen = [pack([texts[i]], part) for i in members], prefix(lm, part), torch.tensor(view)
+        check_context(lm, rows)
+
+        def run(indices: list[int]) -> None:
+            batch = collate([rows[i] for i in indices], part, cache, device=lm.device, dtype=lm.dtype)
+            x = theta[seen].to(lm.device).expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
+            states = hidden(lm, batch, x)
+            value = nll(lm, batch, x, states)
+            grad, = torch.autograd.grad(value.sum(), x)                # (B, P of the view, m, d)
+            if not (value.isfinite().all() and grad.isfinite().all()):
+                raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
+            at = torch.tensor([members[i] for i in indices])
+            tokens = torch.stack([rows[i].labels.sum() for i in indices]).float()
+            pooled = torch.zeros(len(indices), d, device=x.device).index_add(
+                0, batch.row, states.detach().flatten(0, 1)[batch.predict + 1].float())
+            after = reversed_states(lm, part, [rows[i] for i in indices])                    # (B, P of the view, d)
+            table.nll[at], table.tokens[at], table.hidden[at] = value.detach().float().cpu(), tokens, pooled.cpu()
+            for column, p in enumerate(seen.nonzero().flatten().tolist()):
+                table.gradient[at, p] = grad[:, column].flatten(1).cpu()
+                table.reversed[at, p] = after[:, column] * tokens[:, None]
+            tick(len(indices))
+
+        run_batches([len(row.ids) + m * len(part.names) for row in rows], budget, run)
+    return table
 
 
 @torch.no_grad()
-def pooled(lm, layout: Layout, rows: list[Row], theta: Tensor, *, budget: int = 1024, cache: list | None = None,
-           tick=lambda users: None, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """In place of an E-step, for comparison: the LLM's mean last hidden state over the value tokens of a profile's view.
+def reversed_states(lm, layout: Layout, rows: list[Row]) -> Tensor:
+    """Behaviour first, then the profile's name: the hidden state after "BOS lead value name_p", [B, P, d] fp32.
 
-    rows: N packed users; theta [N, P, m, d], the soft tokens meanwhile; table: [V, d], to average rows of it instead of
-    hidden states. Returns (the means, in the shape of theta and zeros where a profile has no evidence; zeros [N]).
+    The direction that the paper argues against, as a control; rows: one text each.
     """
-    found = torch.zeros_like(theta)
-    for users in batches([len(row.ids) for row in rows], budget):
-        batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
-        h = table[batch.ids.cpu()] if table is not None else hidden(lm, batch, theta[users].to(lm.device)).float().cpu()
-        for own, u in zip(h[:, batch.slots.stop:], users):                                  # (Q − P·m, d)
-            weight = told(rows[u])                                                          # (T, P)
-            mean = weight.T.float() @ own[:len(weight)] / weight.sum(0).clamp(min=1)[:, None]
-            found[u] = mean[:, None]                                                        # (P, 1, d)
-        tick(len(users))
-    return found, torch.zeros(len(rows))
+    found = []
+    for name in layout.names:
+        ids = [torch.cat([torch.tensor([layout.bos]), row.ids, torch.tensor(name)]) for row in rows]
+        x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)  # right-padded: causal is fine
+        states = lm.base_model(input_ids=x, use_cache=False).last_hidden_state
+        found.append(states[torch.arange(len(rows)), torch.tensor([len(i) - 1 for i in ids])].float().cpu())
+    return torch.stack(found, 1)
 
 
-def m_step(theta: Tensor, codes: list[int], book: Book | None, seed: int = 0, quantise=kmeans) -> tuple[Book, Tensor]:
-    """μ, z, π and, the first time, τ² from all θ [N, P, m, d]: k-means per profile, warm-started from round 1 on.
-
-    Returns (book, ids [N, P]). τ² stays as first found, so that F of different rounds can be compared.
-    quantise: `codebook.vq`, which does not take a warm start, for comparison.
-    """
-    x, mu, pi, ids, tau2 = theta.flatten(2), [], [], [], []
-    for p, k in enumerate(codes):
-        generator = torch.Generator().manual_seed(seed * 1009 + p)
-        warm = {"init": book.mu[p]} if book and quantise is kmeans else {}
-        found = quantise(x[:, p], k, generator=generator, **warm)
-        mu.append(found.centroids)
-        ids.append(found.ids)
-        pi.append(torch.bincount(found.ids, minlength=k) / len(x))
-        tau2.append(max(float(found.inertia) / x[:, p].numel(), 1e-12))
-    return Book(mu, pi, torch.tensor(tau2) if book is None else book.tau2), torch.stack(ids, 1)
-
-
-def centres(book: Book, ids: Tensor) -> Tensor:
-    """μ of each user's codes, [N, P, m·d]."""
-    return torch.stack([mu[z] for mu, z in zip(book.mu, ids.T)], 1)
-
-
-def objective(nll: Tensor, theta: Tensor, ids: Tensor, book: Book, lam: float) -> float:
-    """F = Σ_u [ log P(B_u|θ_u) − λ/2 Σ_p ‖θ_u^p − μ‖² / τ_p² ], nats."""
-    gap = (theta.flatten(2) - centres(book, ids)).square().sum(2)                           # (N, P)
-    return float(-nll.double().sum() - 0.5 * lam * (gap.double() / book.tau2).sum())
-
-
-def fit(lm, layout: Layout, rows: list[Row], codes: list[int], *, rounds: int = 1, steps: int = 4, lr: float = 0.02,
-        lam: float = 0.02, shrink: float | None = None, seed: int = 0, shard: int = 128, budget: int = 1024,
-        book: Book | None = None, folder: Path | None = None, log=print, without: str = "") -> Fitted:
-    """Hard EM (paper, inference and quantisation modules): rounds + 1 times an E-step over all shards and an M-step.
-
-    rows: users with evidence. codes: K_p per profile. With `book` the codebook is fixed and the M-step only picks the
-    nearest codes: that is how new users are served. Shards already in `folder` are taken from there. Under torchrun
-    each process takes its share of the shards and all then do the same M-step, so that the result is one process's.
-    without: an ablation: "em" (round 0 only), "kmeans" (vq instead), "tuning" (pooled hidden states are the θ), "llm"
-    (a bag of the value tokens is, each a random direction: the same words without what the LLM knows of them).
-    """
-    rounds = 0 if without in ("em", "tuning", "llm") else rounds
-    shape = lm.get_input_embeddings().weight.shape
-    table = torch.randn(shape, generator=torch.Generator().manual_seed(1)) if without == "llm" else None    # (V, d)
-    check_input(lm, rows)
-    fixed, trace, ids, cache = book is not None, [], None, prefix(lm, layout)
-    prior_mean = lm.get_input_embeddings().weight.float().mean(0).cpu()                     # (d,)
-    theta = prior_mean.repeat(len(rows), len(codes), layout.m, 1)                           # (N, P, m, d)
-    parts = [slice(i, i + shard) for i in range(0, len(rows), shard)]
-    files = [[folder and folder / f"shard_{r}_{i:05d}.pt" for i in range(len(parts))] for r in range(rounds + 1)]
-    rank, world = place()
-    todo = sum(len(rows[part]) for line in files for n, (part, file) in enumerate(zip(parts, line))
-               if n % world == rank and not (file and file.exists()))
-    bar = Progress(total=todo * (steps + 1), desc="E-step", unit="user-step", disable=rank > 0)
-
-    for r in range(rounds + 1):
-        centre, precision = (centres(book, ids), lam / book.tau2) if r else (None, None)    # round 0: no prior yet
-        work = [partial(e_step, lm, layout, rows[part], theta[part], None if centre is None else centre[part], precision,
-                        steps=steps, lr=lr, shrink=shrink, budget=budget, cache=cache, tick=bar.update) for part in parts]
-        if without in ("tuning", "llm"):
-            work = [partial(pooled, lm, layout, rows[part], theta[part], budget=budget, cache=cache, tick=bar.update,
-                            table=table) for part in parts]
-        theta, value = (torch.cat(x) for x in zip(*shared(files[r], theta.split(shard), work)))
-        if r:
-            trace.append(report(log, layout, r, "E", value, theta, ids, book, lam))
-        if fixed:
-            ids = torch.stack([assign(theta[:, p].flatten(1), mu)[0] for p, mu in enumerate(book.mu)], 1)
-        else:
-            book, ids = m_step(theta, codes, book, seed, vq if without == "kmeans" else kmeans)
-        trace.append(report(log, layout, r, "M", value, theta, ids, book, lam))
-    bar.close()
-    return Fitted(theta, ids, value, book, trace)
-
-
-def check_input(lm, rows: list[Row]) -> None:
-    """Exactly one tensor trains, θ; and every text fits the LLM's context."""
+def check_context(lm, rows: list[Row]) -> None:
+    """ValueError where an evidence text with its prompt does not fit the LLM's context; only θ may train."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
-    if not rows or not all(any(row.labels) for row in rows):
-        raise Fault(4, "EM takes users with evidence only: leave out those whose texts are empty")
-    longest, context = 1 + max(max(row.positions) for row in rows), getattr(lm.config, "max_position_embeddings", None)
+    longest = 1 + max((int(row.positions.max()) for row in rows if len(row.ids)), default=0)
+    context = getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
-        raise Fault(4, f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
+        raise ValueError(f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
 
 
-def place() -> tuple[int, int]:
-    """This process among those of torchrun: (rank, how many); (0, 1) without."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ------------------------------------------------------------------------------------------------------- EM
+
+def e_step(value: Tensor, pi: Tensor, indptr: Tensor, text: Tensor) -> tuple[Tensor, float]:
+    """Exact E-step: P(code | evidence) ∝ π_k Π_i P_LM(b_i | μ_k), and F = Σ_u log Σ_k π_k P(B_u | μ_k).
+
+    value: [T, K] −log P of each text under each code's prompt; pi: [K]; indptr [N + 1], text [nnz]: each user's texts.
+    → responsibilities [N, K] fp64, F in nats.
+    """
+    joint = pi.double().log() - sum_texts(indptr, text, value.double())                      # (N, K)
+    return joint.softmax(1), float(joint.logsumexp(1).sum())
 
 
-def shared(files: list[Path | None], like: list[Tensor], work: list) -> list[tuple[Tensor, Tensor]]:
-    """Results of all shards: this process's share is computed, the other processes' are read from their files."""
-    rank, world = place()
-    own = {n: kept(files[n], like[n], work[n]) for n in range(rank, len(files), world)}
-    meet()
-    return [own[n] if n in own else kept(files[n], like[n]) for n in range(len(files))]
+def m_step(adam: torch.optim.Optimizer, prompts: Tensor, gradient: Tensor, r: Tensor, indptr: Tensor,
+           text: Tensor) -> Tensor:
+    """Exact M-step: π, and one step of Adam on Σ_t w_tk log P_LM(t | μ_k), w_tk = Σ_u r_uk · (times u has text t).
+
+    prompts: [K, m·d], updated in place; gradient: [K, T, m·d] of each text's NLL under each prompt; r: [N, K]. → π [K]
+    """
+    w = torch.zeros(gradient.shape[1], r.shape[1], dtype=r.dtype)
+    w.index_add_(0, text, r.repeat_interleave(indptr.diff(), 0))                             # (T, K)
+    prompts.grad = torch.einsum("tk,ktd->kd", w.float(), gradient) / w.sum(0)[:, None].clamp_min(1).float()
+    adam.step()
+    return (r.mean(0) + 1e-12) / (1 + 1e-12 * r.shape[1])
 
 
-def meet() -> None:
-    """Wait for the other processes."""
-    if dist.is_initialized():
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise Fault(3, "another process of this run has died: see its message, then run the same command again, which "
-                           f"goes on from the finished shards ({str(error).splitlines()[0]})") from None
+class Fitted(NamedTuple):
+    """One profile, fitted."""
+    book: Codebook
+    r: Tensor              # [N, K] fp64 responsibilities; π for users without evidence
+    z: Tensor              # [N, q] fp64, sums of the users' coordinates
+    n: Tensor              # [N] fp64, value tokens told of this profile
+    F: list[float]         # objective after each exact round (empty without them); never falls
+    prompts: Tensor | None # [K, m·d] the codes' soft tokens after exact rounds
 
 
-def kept(path: Path | None, like: Tensor, work=None) -> tuple[Tensor, Tensor]:
-    """The result of `work`, taken from `path` where an earlier run left it whole, else left there for the next."""
-    if path is None:
-        return work()
-    if path.exists():
-        try:
-            return read_shard(path, like)
-        except Exception as error:                                     # whatever damage makes torch.load raise
-            print(f"{path} is damaged ({error}): computed again", file=sys.stderr)
-    if work is None:
-        raise Fault(4, f"{path}, another process's, is gone or damaged: run the same command again")
-    theta, value = work()
-    content = io.BytesIO()
-    torch.save({"theta": theta, "nll": value}, content)
-    publish(path, lambda file: file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest()))
-    return theta, value
+def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16, seed: int = 0,
+        without: str = "", rounds: int = 0, lr: float = 0.02, score=None, start: Tensor | None = None,
+        log=print) -> Fitted:
+    """EM for one profile (paper, inference and quantisation modules).
+
+    evidence: texts of R rows with their gradients as values and value tokens as weights; user, item: [R], sorted by
+    user. The closed-form EM finds directions, codes and responsibilities. rounds: exact EM rounds from there, for
+    which score(prompt [m·d]) gives (nll [T], gradient [T, m·d]) of all texts, and start [m·d] is θ⁰. A step that
+    would lower F is taken back and halved.
+    """
+    book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without)
+    r = responsibilities(book, z, n)
+    if not rounds:
+        return Fitted(book, r, z, n, [], None)
+    indptr, text = evidence.indptr[torch.searchsorted(user, torch.arange(users + 1))], evidence.text
+    mean = torch.stack([
+        (r[n > 0, j] @ sum_texts(indptr, text, evidence.value).double()[n > 0]) / (r[n > 0, j] @ n[n > 0])
+        for j in range(len(book.pi))])                                 # (K, m·d) gradient of a code's users, per token
+    downhill = -(mean - book.mean)
+    step = lr * math.sqrt(downhill.shape[1]) / downhill.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    prompts = torch.nn.Parameter((start + step * downhill).float())    # as long a first step as one of Adam
+    adam, history, best, pi = torch.optim.Adam([prompts], lr=lr), [], None, book.pi
+    for round in range(rounds + 1):
+        scored = [score(prompt) for prompt in prompts.detach()]
+        value, gradient = torch.stack([one[0] for one in scored], 1), torch.stack([one[1] for one in scored])
+        r_new, F = e_step(value, pi, indptr, text)
+        if history and F < history[-1]:                                # take the step back, halve it
+            adam.param_groups[0]["lr"] /= 2
+            log(f"exact round {round}: F would fall to {F:.2f}; step halved")
+            prompts.data.copy_(best[0])
+            value, gradient, r_new, F, pi = best[1:]
+        else:
+            log(f"exact round {round}: F {F:.2f}")
+        best, r = (prompts.detach().clone(), value, gradient, r_new, F, pi), r_new
+        history.append(F)
+        if round < rounds:
+            pi = m_step(adam, prompts, gradient, r, indptr, text)
+    return Fitted(book._replace(pi=pi), r, z, n, history, best[0])
 
 
-def read_shard(path: Path, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(θ in the shape of `like`, nll) of a file: what torch.save wrote, then its sha256. Raises anything if damaged."""
-    content = path.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise ValueError("its checksum is wrong")
-    saved = torch.load(io.BytesIO(content), weights_only=True)
-    theta, value = saved["theta"], saved["nll"]
-    if theta.shape != like.shape or value.shape != like.shape[:1] or not (theta.isfinite().all() and value.isfinite().all()):
-        raise ValueError("it is no shard of this run")
-    return theta.float(), value.float()
+def tune_users(lm, layout: Layout, rows: list[Row], theta: Tensor, *, steps: int = 3, lr: float = 0.02,
+               budget: int = 1024, tick=lambda users: None) -> tuple[Tensor, Tensor]:
+    """Per-user prompt tuning, the paper's letter and our reference: `steps` of Adam on each user's own θ.
+
+    rows: B packed users with evidence; theta: [B, P, m, d] where they start. Keeps each user's best iterate.
+    → (theta [B, P, m, d], nll [B]); no user's NLL is worse than at the start. The text table replaces it: the first
+    gradient of a user is the sum of the user's text gradients.
+    """
+    check_context(lm, rows)
+    start, theta, best_nll, cache = theta, theta.clone(), torch.full((len(rows),), math.inf), prefix(lm, layout)
+
+    def climb(users: list[int]) -> None:
+        batch = collate([rows[u] for u in users], layout, cache, device=lm.device, dtype=lm.dtype)
+        x = start[users].to(lm.device).requires_grad_()
+        adam = torch.optim.Adam([x], lr=lr)
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
+                value = nll(lm, batch, x)
+            now = value.detach().float().cpu()
+            better = (now < best_nll[users]).nonzero().flatten()
+            found = [users[i] for i in better.tolist()]
+            theta[found], best_nll[found] = x.detach()[better.to(x.device)].cpu(), now[better]
+            if step < steps:
+                x.grad, = torch.autograd.grad(value.sum(), x)
+                adam.step()
+        if not (best_nll[users].isfinite().all() and x.isfinite().all()):
+            raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
+        tick(len(users))
+
+    run_batches([len(row.ids) for row in rows], budget, climb)
+    return theta, best_nll
 
 
-def report(log, layout: Layout, r: int, half: str, value: Tensor, theta: Tensor, ids: Tensor, book: Book,
-           lam: float) -> dict:
-    """One half-step as a line on the screen and a record for meta.json; loud about a collapsed codebook."""
-    F = objective(value, theta, ids, book, lam)
-    entry = {"round": r, "half": half, "F": F, "nll": float(value.double().sum()), "usage": {}, "perplexity": {}}
-    line = f"round {r}  {half}-step  F {F:.2f}  −log P(B|θ) {entry['nll']:.2f}"
-    for p, (name, mu) in enumerate(zip(layout.profiles, book.mu)):
-        entry["usage"][name] = torch.bincount(ids[:, p], minlength=len(mu)).tolist()
-        entry["perplexity"][name] = perplexity(ids[:, p], len(mu))
-        line += f"  {name} {'/'.join(map(str, entry['usage'][name]))} (perplexity {entry['perplexity'][name]:.2f})"
-    log(line)
-    for name, spread in entry["perplexity"].items():
-        if half == "M" and spread < 1.5 and len(entry["usage"][name]) > 1:
-            log(f"WARNING: the codebook of {name} has collapsed (perplexity {spread:.2f}): nearly all users share one ID")
-    return entry
-
-
-# ------------------------------------------------------------------------------------------- LLM and files
+# ------------------------------------------------------------------------------------------------------ LLM
 
 def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool = False):
-    """A frozen causal LM and its tokenizer: (lm, tokenizer). name: folder or hub id. random: untrained weights, seed 1.
+    """A frozen causal LM and its tokenizer: (lm, tokenizer).
 
-    auto: the GPU if there is one; bfloat16 there and on CPUs with bf16 instructions, else float32. Raises Fault 2 (no
-    such folder), 3 (hub out of reach, gated or unknown id) or 4 (a folder that is no causal LM).
+    name: folder, or hub id (its cached copy, if there is one). auto: the GPU if there is one; bfloat16 there and on
+    CPUs with bf16 instructions, else float32. random: untrained weights, seed 1 (ablation). Raises FileNotFoundError
+    (no such folder), OSError (hub out of reach, gated or unknown id) or ValueError (no causal LM, weights missing, an
+    architecture that reads packed rows wrongly, no such device).
     """
-    from huggingface_hub.utils import logging as hub
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
-    hub.set_verbosity_error()                                          # its retries fill the screen; the fault below tells
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    local = os.path.isdir(name)
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise Fault(2, f"--lm {name}: no such folder")
+    folder = lm_folder(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise Fault(2, f"--device {device} is not here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {device} is not here: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bf16(device) else "float32"
-    if not local:
-        print(f"asking the hub, or its cache, for {name}", file=sys.stderr)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        how = {"dtype": getattr(torch, dtype),                             # sdpa's backward under a mask is slow on CPUs
-               "attn_implementation": "eager" if device == "cpu" else "sdpa"}
+    how = {"dtype": getattr(torch, dtype)}
+
+    def read(attention: str):
         if random:
             torch.manual_seed(1)
-            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **how)
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            config = AutoConfig.from_pretrained(folder)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **how), {}
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                                    attn_implementation=attention, **how)
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            lm, info = read("eager" if device == "cpu" else "sdpa")    # sdpa's backward under a mask is slow on CPUs
+        except ValueError as error:
+            if "scaled_dot_product" not in str(error) and "sdpa" not in str(error):
+                raise
+            lm, info = read("eager")                                   # an architecture without sdpa
+    except Exception as error:                                         # whatever is wrong with the folder
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if local:
-            raise Fault(4, f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors ({reason})") from None
-        if any(word in str(error) for word in ("gated", "401", "403")):
-            raise Fault(3, f"--lm {name}: access is refused. Accept its terms on its hub page, then log in with "
-                           f"`hf auth login` or set HF_TOKEN ({reason})") from None
-        raise Fault(3, f"--lm {name}: not to be had from the hub: wrong id, or no network? A local folder does instead, "
-                       f"such as `python data.py lm --out DIR` makes ({reason})") from None
+        raise ValueError(f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors "
+                         f"({reason})") from None
+    absent = sorted({*info.get("missing_keys", ()), *(key[0] for key in info.get("mismatched_keys", ()))})
+    if absent:
+        raise ValueError(f"--lm {name}: its weights lack, or have in another size, {', '.join(absent[:5])}"
+                         f"{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}: get the folder again")
     lm = lm.to(device).eval().requires_grad_(False)
     check_lm(lm)
     return lm, tokenizer
 
 
+LM_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def lm_folder(name: str) -> Path:
+    """The folder of an LLM: itself, or the hub's snapshot. A cached snapshot is used without asking the network."""
+    if os.path.isdir(name):
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".safetensors", ".gguf", ".bin")):
+        raise FileNotFoundError(f"--lm {name}: there is no such folder "
+                                "(a folder with config, tokenizer and safetensors is needed)")
+    from huggingface_hub import errors, snapshot_download
+    files = {"allow_patterns": LM_FILES, "ignore_patterns": ["*/*"]}
+    try:
+        return Path(snapshot_download(name, local_files_only=True, **files))
+    except Exception:
+        print(f"downloading {name} from the hub", file=sys.stderr)
+    try:
+        return Path(snapshot_download(name, etag_timeout=8, **files))
+    except errors.GatedRepoError as error:
+        raise PermissionError(f"--lm {name}: access is refused. Accept its terms on its hub page, then log in with "
+                              f"`hf auth login` or set HF_TOKEN ({str(error).splitlines()[0]})") from None
+    except Exception as error:                                         # each version of the hub client has other errors
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if any(word in str(error) for word in ("401", "403")):
+            reason += "; log in with `hf auth login` or set HF_TOKEN"
+        raise ConnectionError(f"--lm {name}: not to be had from the hub: wrong id, or no network? A local folder "
+                              f"works, such as `python data.py lm --out DIR` makes ({reason})") from None
+
+
 def computes_bf16(device: str) -> bool:
-    """Whether the hardware has bfloat16 instructions; emulated, they are slower than float32."""
+    """True if the hardware has bfloat16 instructions; emulated, they are slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -592,439 +580,480 @@ class Digits:
 
 @torch.no_grad()
 def check_lm(lm) -> None:
-    """Refuses an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, scaled logits)."""
+    """ValueError for an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, …)."""
     layout = Layout.build({"profiles": {"a": "4 5", "b": "6 7"}, "kinds": {
         "c": {"lead": "8", "view": ["a"]}, "d": {"lead": "9 8", "view": ["b"]}}}, Digits, m=2)
-    texts = [{"c": [f"{i} {i + 1} {i + 2}" for i in range(10, 26)], "d": [f"{i} {i + 2}" for i in range(30, 40)]}]
+    texts = [("c", f"{i} {i + 1} {i + 2}") for i in range(10, 26)] + [("d", f"{i} {i + 2}") for i in range(30, 40)]
     theta = lm.get_input_embeddings().weight[10:14].float().reshape(1, 2, 2, -1)
     try:
-        batch = collate([pack(texts[0], layout)], layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
-        packed, single = float(nll(lm, batch, theta)), float(naive(lm, layout, texts, theta))
+        batch = collate([pack(texts, layout)], layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
+        packed, single = float(nll(lm, batch, theta)), float(naive_nll(lm, layout, [texts], theta))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        raise Fault(4, f"a {lm.config.model_type} LM is not supported ({error})") from None
+        raise ValueError(f"a {lm.config.model_type} LM is not supported ({error})") from None
     if not math.isclose(packed, single, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
-        raise Fault(4, f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its texts one "
-                       f"by one (−log P {packed:.3f} and {single:.3f})")
+        raise ValueError(f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its "
+                         f"texts one by one (−log P {packed:.3f} and {single:.3f})")
 
 
-def describe(name: str, lm) -> dict:
-    """Which LLM it was, for every result: what data.py noted, or name and revision; of a folder also a fingerprint."""
-    source, sha = Path(name) / "source.json", hashlib.sha256()
-    known = read_json(source) if source.exists() else {
-        "name": Path(name).name if os.path.isdir(name) else name, "revision": getattr(lm.config, "_commit_hash", None)}
-    files = ("*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model")
-    for file in sorted({file for pattern in files for file in Path(name).glob(pattern)}) if os.path.isdir(name) else ():
-        sha.update(f"{file.name} {digest(file, sample=True)}\n".encode())
-    return {**known, "type": lm.config.model_type, "dtype": str(lm.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in lm.parameters()), "fingerprint": sha.hexdigest()[:16]}
+def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Tensor) -> Tensor:
+    """The obvious way, for reference: one text a row behind its own prompt, padded, logits everywhere. → NLL [B]
 
-
-def read_evidence(folder: Path) -> tuple[list[str], list[dict], dict]:
-    """(user ids, evidence {kind: [text]} per user, meta) of a data folder."""
-    meta, users, evidence = read_json(folder / "meta.json", "name", "layout", "sha256"), [], []
-    path, number = folder / "evidence.jsonl", 0
-    if not path.exists():
-        raise Fault(4, f"{path} does not exist: `python data.py …` makes a data folder")
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
-                if len(line) > LINE:
-                    raise ValueError(f"longer than {LINE} bytes")
-                user, found = read_line(line)
-                users.append(user)
-                evidence.append(found)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Fault(4, f"{path}, line {number}: not a user with evidence ({error!r:.200})") from None
-    if not users:
-        raise Fault(4, f"{path} holds no users")
-    if len(set(users)) < len(users):
-        first = {user: n for n, user in reversed([*enumerate(users, 1)])}
-        number = next(n for n, user in enumerate(users, 1) if first[user] < n)
-        raise Fault(4, f"{path}, line {number}: user {users[number - 1]!r} is there twice")
-    return users, evidence, meta
-
-
-LINE, ID = 2**24, 256        # most bytes of a line of evidence, most characters of a user id: more is no user's
-
-
-def read_line(line: bytes) -> tuple[str, dict[str, list[str]]]:
-    """One user with evidence; ValueError and its like for anything else. All text in it can be written again."""
-    entry = json.loads(line.decode())
-    user, found = str(entry["user"]), {kind: [*texts] for kind, texts in entry["evidence"].items()}
-    if not 0 < len(user) <= ID or "\0" in user or type(entry["user"]) not in (str, int):
-        raise ValueError(f"the user id is no text of 1 to {ID} characters, or no number")
-    if any(type(texts) is not list or any(type(text) is not str for text in texts) for texts in entry["evidence"].values()):
-        raise ValueError("evidence is {kind: [text, …]}")
-    "".join([user, *found, *(text for texts in found.values() for text in texts)]).encode()      # no lone surrogates
-    return user, found
-
-
-def nearest_tokens(lm, tokenizer, mu: Tensor, m: int, n: int = 8) -> list[list[str]]:
-    """For each centroid [K, m·d] the n vocabulary tokens of highest cosine to its first soft token, mean removed."""
-    table = lm.get_input_embeddings().weight.float().cpu()                                  # (V, d)
-    mean = table.mean(0)
-    unit = torch.nn.functional.normalize(table - mean, dim=1)
-    code = torch.nn.functional.normalize(mu[:, :mu.shape[1] // m] - mean, dim=1)            # (K, d)
-    return [[tokenizer.decode([i]).strip() for i in row] for row in (code @ unit.T).topk(n, 1).indices.tolist()]
-
-
-def save_profiles(folder: Path, users: list[str], active: list[int], fitted: Fitted, layout: Layout, meta: dict):
-    """profiles.npz and meta.json. Users without evidence get the prior: the largest code and its centroid, flagged."""
-    N, P = len(users), len(layout.profiles)
-    ids = torch.stack([pi.argmax() for pi in fitted.book.pi]).repeat(N, 1)                  # (N, P)
-    theta = centres(fitted.book, ids)                                                       # (N, P, m·d)
-    value, empty = torch.zeros(N), torch.ones(N, dtype=torch.bool)
-    ids[active], theta[active], value[active], empty[active] = fitted.ids, fitted.theta.flatten(2), fitted.nll, False
-    arrays = {"users": np.array(users), "theta": theta.numpy(), "ids": ids.int().numpy(), "empty": empty.numpy(),
-              "names": np.array(layout.profiles), "nll": value.numpy(), "tau": fitted.book.tau2.sqrt().numpy()}
-    for p in range(P):
-        arrays |= {f"mu_{p}": fitted.book.mu[p].numpy(), f"pi_{p}": fitted.book.pi[p].numpy()}
-    (folder / "meta.json").unlink(missing_ok=True)                     # it vouches for the other file, so it goes last
-    publish(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
-    write_text(folder / "meta.json", as_json({
-        **meta, "sha256": {"profiles.npz": digest(folder / "profiles.npz")}, "users": N,
-        "empty": int(empty.sum()), "perplexity": fitted.trace[-1]["perplexity"],
-        "F": [entry["F"] for entry in fitted.trace], "trace": fitted.trace}))
-    for part in folder.glob("shard_*.pt*"):
-        part.unlink()
-
-
-def load_book(folder: Path, layout: Layout, width: int) -> Book:
-    """The codebook of a profiles folder, refused when it does not fit the profiles or the LLM's width."""
-    path = folder / "profiles.npz"
-    saved = read_npz(path, "names", "tau", "mu_0", "pi_0")
-    names = tuple(saved["names"].flatten().tolist())
-    need(path, saved, [f"{key}_{p}" for key in ("mu", "pi") for p in range(len(names))])
-    mu, pi = ([saved[f"{key}_{p}"] for p in range(len(names))] for key in ("mu", "pi"))
-    if not (names and all(m.ndim == 2 and len(m) and m.dtype == np.float32 and np.isfinite(m).all() for m in mu)
-            and all(x.dtype == np.float32 and x.shape == (len(m),) and np.isfinite(x).all() for x, m in zip(pi, mu))
-            and saved["tau"].dtype == np.float32 and saved["tau"].shape == (len(names),) and (saved["tau"] > 0).all()):
-        raise Fault(4, f"{path}: no codebook of {len(names)} profiles (wrong shapes or types, or not finite)")
-    mu, pi = ([torch.from_numpy(x) for x in arrays] for arrays in (mu, pi))
-    book = Book(mu, pi, torch.from_numpy(saved["tau"]).square())
-    if names != layout.profiles or any(m.shape[1] != width for m in mu):
-        raise Fault(4, f"{path}: made for profiles {names} with codes of width {mu[0].shape[1]}; these data and this LLM "
-                       f"have {layout.profiles} and {width}")
-    return book
-
-
-# --------------------------------------------------------------------------------------------------- bench
-
-def bare(lm, tokens: int, width: int, predictions: int) -> None:
-    """The limit: forward and backward to the inputs over `tokens` tokens in plain causal rows, head where needed."""
-    x = torch.randn(max(tokens // width, 1), width, lm.config.hidden_size).to(lm.device, lm.dtype).requires_grad_()
-    h = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)[:predictions]
-    lm.get_output_embeddings()(h).float().log_softmax(-1)[:, 0].sum().backward()
-
-
-def naive(lm, layout: Layout, evidence: list[dict], theta: Tensor) -> Tensor:
-    """The obvious way, for reference: one text a row behind its own prompt, padded, logits everywhere. → NLL [B]"""
-    ids, slots, labels = [], [], []
-    for user, texts in enumerate(evidence):
-        for kind, text in ((kind, text) for kind in texts for text in texts[kind]):
-            lead, view = layout.kinds[kind]
+    For texts that see one profile: of several names in one row, each would see those before it.
+    """
+    ids, positions, slots, labels = [], [], [], []
+    for user, texts in enumerate(users):
+        for kind, text in texts:
+            lead, view, cut = layout.kinds[kind]
             row = [layout.bos]
             for p, name in enumerate(layout.names):
                 if view[p]:
                     row += [*name, *[layout.bos] * layout.m]
                     slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
+            prompt = len(row)
             row += lead
-            for token in layout.encode(text)[:layout.cut]:
+            for token in layout.encode(text)[:cut]:
                 labels.append((len(ids), len(row) - 1, token, user))
                 row.append(token)
-            ids.append(row)
-    width, at, label = max(map(len, ids)), torch.tensor(slots).T, torch.tensor(labels).T
-    x = torch.tensor([row + [layout.bos] * (width - len(row)) for row in ids], device=lm.device)
-    x = lm.get_input_embeddings()(x).index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(lm.dtype))  # (texts, width, d)
-    logp = lm(inputs_embeds=x).logits.float().log_softmax(-1)                               # (texts, width, V)
-    return theta.new_zeros(len(evidence)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
+            ids.append(torch.tensor(row))
+            positions.append(torch.cat([torch.arange(prompt), layout.start + torch.arange(len(row) - prompt)]))
+    at, label = torch.tensor(slots).T, torch.tensor(labels).T
+    x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
+    x = lm.get_input_embeddings()(x).index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(lm.dtype))
+    positions = pad_sequence(positions, batch_first=True).to(lm.device)                     # (texts, width)
+    logp = lm(inputs_embeds=x, position_ids=positions).logits.float().log_softmax(-1)       # (texts, width, V)
+    return theta.new_zeros(len(users)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
 
 
-def peak_mb() -> int:
-    """The most memory that this process, or its GPU, has held so far, MB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most // (2**20 if sys.platform == "darwin" else 2**10)
+# ---- command line
+
+try:
+    import data
+    from codebook import (MEASUREMENT, Profiles, explained_variance, profile_evidence, read_profiles, read_table,
+                          select_rows, write_profiles, write_table)
+except ImportError:                                                    # copied alone: all but the commands works
+    data = None
+
+TABLE_VERSION = 1                                                      # raise it when score_texts changes its values
+IN_TABLE = ("views", "mask", "pretraining")                            # ablations that need a text table of their own
+IN_QUANTISER = ("em", "kmeans", "signal")                              # … that change what follows
 
 
-def bench(args) -> None:
-    """E-step iterations beside the limit and the naive way, in turn; or, with --grow, over 1, 4 and 16 times --users."""
-    lm, tokenizer = load_lm(args.lm, args.dtype, args.device)
-    _, evidence, source = read_evidence(Path(args.data))
-    layout = Layout.build(source["layout"], tokenizer)
-    evidence = [texts for texts in evidence if any(texts.values())]
-    result = grow(args, lm, layout, evidence) if args.grow else ratios(args, lm, layout, evidence[:args.users])
-    result |= {"lm": describe(args.lm, lm), "data": source["name"], "budget": args.budget, "peak_mb": peak_mb(), "machine": {
-        "device": str(lm.device), "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__}}
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(args.out), as_json(result))
-    print(json.dumps(result))
+def lm_identity(name: str, random: bool = False) -> dict:
+    """Which LLM it is, without loading it.
 
-
-def processor() -> str:
-    """The CPU's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return next(iter(names), platform.processor() or platform.machine())
-
-
-def ratios(args, lm, layout: Layout, evidence: list[dict]) -> dict:
-    """Tokens per second of an E-step iteration over users, as a share of the LLM's limit and against the naive way.
-
-    The limit takes as many tokens as the evidence has, --budget at a time, predictions in proportion. The naive way
-    takes --naive of the users, evenly over their lengths, and is compared by labelled tokens per second.
+    What data.py noted, or its name; and a fingerprint of all files of its folder.
     """
-    rows, cache = sorted((pack(texts, layout) for texts in evidence), key=lambda row: len(row.ids)), prefix(lm, layout)
-    theta = lm.get_input_embeddings().weight.float().mean(0).cpu().repeat(len(rows), len(layout.profiles), 1, 1)
-    full = load_lm(args.lm, "float32", args.device)[0]
-    tokens, labels = sum(len(row.ids) for row in rows), sum(sum(row.labels) for row in rows)
-    predictions = sum(len({p for p, n in zip(row.parents, row.labels) if n}) for row in rows)
-    width, some = tokens // len(rows), sorted(evidence, key=lambda texts: len(pack(texts, layout).ids))
-    some = some[::max(1, len(some) // args.naive)]
-
-    def limit():
-        for begin in range(0, tokens, args.budget):
-            part = min(args.budget, tokens - begin)
-            bare(lm, part, min(width, part), predictions * part // tokens)
-
-    def our_step():
-        for group in batches([len(row.ids) for row in rows], args.budget):
-            batch = collate([rows[u] for u in group], layout, cache, device=lm.device, dtype=lm.dtype)
-            x = theta[group].to(lm.device).requires_grad_()
-            nll(lm, batch, x).sum().backward()
-            torch.optim.Adam([x]).step()
-
-    def naive_step(model):                       # a few users at a time, and one dense Adam over all of them
-        x = theta[:len(some)].to(model.device).requires_grad_()
-        adam = torch.optim.Adam([x])
-        for start in range(0, len(some), 4):
-            naive(model, layout, some[start:start + 4], x[start:start + 4]).sum().backward()
-            adam.step()
-            adam.zero_grad()
-
-    ways = {"e_step": our_step, "limit": limit, "naive": lambda: naive_step(full), "naive_same_dtype": lambda: naive_step(lm)}
-    seconds = {way: [] for way in ways}
-    for i in range(args.repeat + 1):             # in turn, the first round a warm-up
-        for way, run in ways.items():
-            began = time.perf_counter()
-            run()
-            if lm.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[way] += [time.perf_counter() - began] * (i > 0)
-    ops = {way: own_time(ways[way], lm.device) for way in ("naive_same_dtype", "e_step")}
-    top = sorted({op for by in ops.values() for op in sorted(by, key=by.get)[-5:]}, key=lambda op: -ops["e_step"].get(op, 0))
-    mid = {way: float(np.median(values)) for way, values in seconds.items()}
-    ratio = lambda way: float(np.median(np.divide(seconds[way], seconds["e_step"])))
-    share = labels / sum(sum(pack(texts, layout).labels) for texts in some)
-    return {"users": len(rows), "tokens": tokens, "labelled": labels, "naive_users": len(some), "seconds": seconds,
-            "tokens_per_s": round(tokens / mid["e_step"], 1), "labelled_per_s": round(labels / mid["e_step"], 1),
-            "ms_per_user": round(1e3 * mid["e_step"] / len(rows), 1), "of_limit": round(ratio("limit"), 3), "vs_naive": round(ratio("naive") * share, 2),
-            "vs_naive_same_dtype": round(ratio("naive_same_dtype") * share, 2),
-            "profile": [{"op": op, **{way: round(by.get(op, 0), 3) for way, by in ops.items()}} for op in top]}
+    folder, sha = lm_folder(name), hashlib.sha256()
+    noted = data.read_json(folder / "source.json") if (folder / "source.json").exists() else {"name": name}
+    for file in sorted({file for pattern in LM_FILES for file in folder.glob(pattern)} - {folder / "source.json"}):
+        sha.update(f"{file.name} {data.sha256_of(file, sample=True)}\n".encode())
+    return {**noted, "fingerprint": sha.hexdigest()[:16], **({"weights": "random"} if random else {})}
 
 
-def own_time(run, device: torch.device) -> dict[str, float]:
-    """Each operator's share of the time of run(), its callees' not counted, by torch's profiler."""
-    with torch.profiler.profile() as profile:
-        run()
-    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    own = {event.key: getattr(event, which) for event in profile.key_averages()}
-    return {op: value / sum(own.values()) for op, value in own.items()}
+def rank_and_world_size() -> tuple[int, int]:
+    """This process among those of torchrun; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def grow(args, lm, layout: Layout, evidence: list[dict]) -> dict:
-    """Seconds per user and peak memory of `fit` over 1, 4 and 16 times --users; those of --data, over and over."""
-    found = []
-    for users in (args.users, 4 * args.users, 16 * args.users):
-        rows = [pack(evidence[u % min(args.users, len(evidence))], layout) for u in range(users)]
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            fit(lm, layout, rows, [min(4, args.users)] * len(layout.profiles), rounds=0, steps=1, budget=args.budget,
-                shard=args.users, folder=Path(folder), log=lambda line: None)
-        found.append({"users": users, "seconds_per_user": round((time.perf_counter() - began) / users, 4),
-                      "peak_mb": peak_mb()})
-    return {"grow": found}
+def barrier() -> None:
+    """Waits for the other processes of torchrun."""
+    if dist.is_initialized():
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise data.CommandError(3, "another process of this run has died: see its message, then run the same "
+                                       f"command again, which resumes ({str(error).splitlines()[0]})") from None
 
 
-# ----------------------------------------------------------------------------------------------------- CLI
-
-def claim(folder: Path, settings: dict, restart: bool) -> None:
-    """Makes `folder` this run's own: shards of other settings, data, LLM or code are refused, or dropped with --restart."""
-    path, parts = folder / "settings.json", list(folder.glob("shard_*.pt*"))
-    if restart:
-        for part in parts:
-            part.unlink()
-    elif parts:
-        old = read_json(path) if path.exists() else {}
-        differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
-        if differs:
-            what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
-            raise Fault(2, f"{folder} holds half a run with other settings ({what}). Choose another --out, or pass "
-                           "--restart to drop it")
-    write_text(path, as_json(settings))
-
-
-def read_settings(path: Path, made: dict) -> dict:
-    """The settings that a codebook was made with, from its meta.json."""
-    found, counts = made["settings"], {"rounds": 0, "steps": 1, "tokens": 1}
-    try:
-        numbers = [*(found[key] for key in counts), *found["codes"], found["seed"]]
-        good = all(type(n) is int and abs(n) < 10**6 for n in numbers) and all(found[key] >= n for key, n in counts.items())
-        good = good and all(type(found[key]) in (int, float) and 0 <= found[key] < math.inf for key in ("lr", "prior"))
-        good = good and (found.get("shrink") is None or type(found["shrink"]) in (int, float) and 0 <= found["shrink"] < math.inf)
-        good = good and type(made["lm"]["name"]) is str and min(found["codes"]) > 0
-        good = good and found.get("without", "") in ("", *ABLATIONS)
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise Fault(4, f"{path}: its settings are none of `uip.py fit`")
-    return found
-
-
-def code() -> str:
-    """sha256 of the code that shards are made by."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, kmeans.__code__.co_filename))).hexdigest()
-
-
-def run_em(args, held: ExitStack) -> None:
-    """fit and infer: EM over the users of a data folder; infer takes settings and codebook from --profiles."""
-    began, out = time.time(), Path(args.out)
-    users, evidence, source = read_evidence(Path(args.data))
-    given = Path(args.profiles) if args.command == "infer" else None
-    keys = ("rounds", "steps", "lr", "shrink", "prior", "codes", "tokens", "seed", "without")
-    made = read_json(given / "meta.json", "settings", "lm", "layout") if given else None
-    settings = read_settings(given / "meta.json", made) if given else {key: getattr(args, key) for key in keys}
-    if given and given.resolve() == out.resolve():
-        raise Fault(2, "infer: --out must not be --profiles, whose codebook stays as it is")
-    without = settings["without"] = settings.get("without", "")
-    lm, tokenizer = load_lm(args.lm, args.dtype, args.device, random=without == "pretraining")
-    identity = describe(args.lm, lm) | ({"weights": "random"} if without == "pretraining" else {})
-    if given and (made["layout"] != source["layout"] or {**made["lm"], "dtype": ""} != {**identity, "dtype": ""}):
-        raise Fault(4, f"{given}: made with {made['lm']['name']} and its own layout; here are {identity['name']} and a "
-                       "layout that may differ. IDs mean something only with the LLM and the texts of their codebook")
-    layout = Layout.build(source["layout"], tokenizer, m=settings["tokens"], without=without)
-    rows = [pack(texts, layout) for texts in evidence]
-    active = [u for u, row in enumerate(rows) if any(row.labels)]
-    codes = settings["codes"]
-    if len(codes) != len(layout.profiles):
-        raise Fault(2, f"--codes: {len(codes)} numbers for {len(layout.profiles)} profiles, {', '.join(layout.profiles)}")
-    if not active or not given and max(codes) > len(active):
-        raise Fault(2, f"--codes {codes}: more codes than the {len(active)} users with evidence")
-    book = load_book(given, layout, layout.m * lm.get_input_embeddings().embedding_dim) if given else None
-    evidence_sha = digest(Path(args.data) / "evidence.jsonl")
-    if place()[0] == 0:
-        held.enter_context(alone(out / ".lock"))
-        claim(out, {**settings, "shard": args.shard, "lm": identity, "data": evidence_sha,
-                    "layout": source["layout"], "codebook": digest(given / "profiles.npz") if given else None,
-                    "code": code()}, args.restart)
-    meet()
-    log = print if place()[0] == 0 else lambda text: None
-    log(f"{len(users)} users ({len(users) - len(active)} without evidence), {sum(len(r.ids) for r in rows)} tokens, "
-          f"{sum(sum(r.labels) for r in rows)} labelled; {identity['name']}, {identity['dtype']} on {lm.device}")
-    fitted = fit(lm, layout, [rows[u] for u in active], codes, rounds=settings["rounds"], steps=settings["steps"],
-                 lr=settings["lr"], lam=settings["prior"], shrink=settings.get("shrink"), seed=settings["seed"],
-                 shard=args.shard, budget=args.budget, book=book, folder=out, log=log, without=without)
-    meet()                                       # nobody reads shards any more
-    if place()[0] == 0:
-        save_profiles(out, users, active, fitted, layout, {
-            "command": args.command, "settings": settings, "lm": identity, "data": source["name"],
-            "data_sha256": evidence_sha, "layout": source["layout"], "code_sha256": code(), "run": facts(began, "uip.py"),
-            "tokens": {p: nearest_tokens(lm, tokenizer, mu, layout.m) for p, mu in zip(layout.profiles, fitted.book.mu)}})
-
-
-ABLATIONS = ("em", "views", "mask", "kmeans", "pretraining", "tuning", "llm")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("fit", "EM over all users of --data"), ("infer", "new users with the codebook of --profiles"),
-                       ("bench", "speed of an E-step iteration beside the bare LLM and the naive way")):
-        sub = commands.add_parser(name, help=text, allow_abbrev=False)
-        sub.add_argument("--data", required=True, help="folder made by data.py")
-        sub.add_argument("--lm", required=True, help="causal LM: a folder or a hub id, such as Qwen/Qwen2-0.5B")
-        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
-        sub.add_argument("--budget", type=whole, default=1024, help="padded tokens in one forward pass")
-        if name == "bench":
-            sub.add_argument("--users", type=whole, default=128, help="the first so many users of --data")
-            sub.add_argument("--naive", type=whole, default=8, help="so many of them for the naive way, which is slow")
-            sub.add_argument("--grow", action="store_true", help="time and memory of 1, 4 and 16 times --users instead")
-            sub.add_argument("--repeat", type=whole, default=3, help="rounds that count, after one that warms up")
-            sub.add_argument("--out", help="JSON file for the figures")
-            continue
-        sub.add_argument("--out", required=True, help="folder for profiles.npz and meta.json")
-        sub.add_argument("--shard", type=whole, default=128, help="users per file, the unit that a killed run redoes")
-        sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
-        if name == "infer":
-            sub.add_argument("--profiles", required=True, help="folder made by fit: its codebook and settings")
-            continue
-        sub.add_argument("--codes", type=lambda text: [whole(k) for k in text.split(",")], default=[4, 3],
-                         help="codebook size of each profile, in the order of the layout")
-        sub.add_argument("--rounds", type=lambda text: whole(text, least=0), default=1, help="EM rounds after round 0")
-        sub.add_argument("--steps", type=whole, default=4, help="steps of Adam in one E-step")
-        sub.add_argument("--lr", type=real, default=0.02, help="its learning rate, in units of the embedding space")
-        sub.add_argument("--shrink", type=real, help="plain gradient steps instead of Adam's, shrunk as by "
-                         "so many more tokens of evidence: who has told little moves little")
-        sub.add_argument("--prior", type=real, default=0.02, help="λ: weight of the codebook in an E-step")
-        sub.add_argument("--tokens", type=whole, default=1, help="soft tokens per profile")
-        sub.add_argument("--seed", type=int, default=0, help="of k-means++; nothing else is random")
-        sub.add_argument("--without", default="", choices=ABLATIONS, help="leave a part of the method out, to see its worth")
-    args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
-        args.device = join(args.device)
-    try:
-        with ExitStack() as held:
-            bench(args) if args.command == "bench" else run_em(args, held)
-    except torch.OutOfMemoryError:
-        raise Fault(2, "out of memory even with one user at a time (finished shards are kept)") from None
-    except OSError as error:
-        raise Fault(3, f"cannot read or write {error.filename or args.out}: {error.strerror or error} (finished shards are "
-                       "kept)") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def join(device: str) -> str:
-    """Become one of torchrun's processes, each with a GPU of its own if there are any. → the device."""
+def init_distributed(device: str) -> str:
+    """Joins the processes of torchrun, each with a GPU of its own if there are any. → the device."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise data.CommandError(2, f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun, "
+                                   "or unset WORLD_SIZE")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+    except (RuntimeError, ValueError) as error:
+        raise data.CommandError(3, "the other processes did not answer within two minutes "
+                                   f"({str(error).splitlines()[0]}): start all of them with torchrun") from None
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(days=7))
     return device
 
 
-def whole(text: str, least: int = 1) -> int:
-    """argparse type: a whole number from `least` on."""
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
+def load_or_compute(path: Path, compute) -> list[np.ndarray]:
+    """The arrays of `path` where an earlier run left them whole, else compute()'s, left there for the next run."""
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as found:           # zip members carry their own checksums
+                return [found[f"arr_{i}"] for i in range(len(found.files))]
+        except Exception as error:                                     # whatever damage makes numpy and zipfile raise
+            print(f"{path} is damaged ({error}): computed again", file=sys.stderr)
+    arrays = [tensor.numpy() for tensor in compute()]
+    data.write_atomically(path, lambda file: np.savez(file, *arrays))
+    return arrays
 
 
-def real(text: str) -> float:
-    """argparse type: a finite number, not negative."""
+def all_parts(folder: Path, name: str, parts: list, compute) -> list[list[np.ndarray]]:
+    """compute(part) for all parts, a file each: this process computes its share, and reads the other processes'."""
+    files = [folder / f"{name}_{i:05d}.npz" for i in range(len(parts))]
+    rank, world = rank_and_world_size()
+    for i in range(rank, len(parts), world):
+        load_or_compute(files[i], lambda: compute(parts[i]))
+    barrier()
+    found = [load_or_compute(file, lambda: compute(part)) for file, part in zip(files, parts)]
+    barrier()                                                          # until then no process removes a file
+    return found
+
+
+def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
+    """Makes `folder` this run's own: parts of other settings, data or LLM are refused, or dropped with --restart."""
+    path, parts = folder / "settings.json", list(folder.glob("*_[0-9]*.npz"))
+    if restart:
+        for part in parts:
+            part.unlink()
+    elif parts:
+        old = data.read_json(path) if path.exists() else {}
+        differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
+        if differs:
+            what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
+            raise data.CommandError(2, f"{folder} holds half a run with other settings ({what}). Choose another --out, "
+                                       "or pass --restart to drop it")
+    data.write_json(path, settings)
+
+
+class Model:
+    """The LLM, loaded when it is first needed: a finished text table needs none."""
+
+    def __init__(self, args, random: bool = False):
+        self.args, self.random, self.loaded = args, random, None
+
+    def get(self):
+        """(lm, tokenizer)"""
+        if self.loaded is None:
+            self.loaded = load_lm(self.args.lm, self.args.dtype, self.args.device, self.random)
+        return self.loaded
+
+
+def text_table(args, model: Model, folder: Path, *texts, **how) -> dict[str, np.ndarray]:
+    """make_table, where no other run makes a table in the same folder at the same time."""
+    if rank_and_world_size()[0] > 0:
+        return make_table(args, model, folder, *texts, **how)
+    with data.exclusive_lock(folder / ".lock"):
+        return make_table(args, model, folder, *texts, **how)
+
+
+def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]], without: str,
+               known: Path | None = None) -> dict[str, np.ndarray]:
+    """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
+
+    known: a table of the same LLM and layout, whose texts are not computed again (infer).
+    """
+    lines = [json.dumps([kind, text], ensure_ascii=False) for kind, text in texts]
+    identity = json.loads(json.dumps({
+        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens, "without": without,
+        "lm": {key: value for key, value in lm_identity(args.lm, without == "pretraining").items()
+               if key in ("fingerprint", "weights")}, "texts": hashlib.sha256("\n".join(lines).encode()).hexdigest()}))
+    log = print if rank_and_world_size()[0] == 0 else lambda text: None
+    if (folder / "meta.json").exists():
+        try:
+            arrays, meta = read_table(folder)
+            if rank_and_world_size()[0] == 0:
+                for part in folder.glob("texts_[0-9]*.npz"):           # left by a run killed after meta.json
+                    part.unlink()
+            if meta["identity"] == identity:
+                log(f"text table of {len(texts)} texts: up to date")
+                return arrays
+        except ValueError as error:
+            log(f"the text table is made again: {error}")
+    old, row_of = None, {}
+    if known is not None:
+        old, meta = read_table(known)
+        if {**meta["identity"], "texts": ""} != {**identity, "texts": ""}:
+            raise ValueError(f"{known} was made with another LLM or layout: IDs mean something only with the LLM and "
+                             "the layout of their codebook")
+        row_of = {line: row for row, line in enumerate((known / "texts.txt").read_text(encoding="utf-8").split("\n"))}
+    new = [i for i, line in enumerate(lines) if line not in row_of]
+    if rank_and_world_size()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
+                              "known": meta["identity"]["texts"] if known is not None else None}, args.restart)
+    barrier()
+    began, parts = time.time(), []
+    if new:
+        lm, tokenizer = model.get()
+        layout = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without)
+        log(f"text table: {len(new)} of {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
+        pieces = [new[i:i + args.part] for i in range(0, len(new), args.part)]
+        bar = tqdm(total=len(new), desc="texts", unit="text", delay=2, disable=rank_and_world_size()[0] > 0)
+        bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"texts_{i:05d}.npz").exists()))
+        parts = all_parts(folder, "texts", pieces, lambda piece: score_texts(
+            lm, layout, [texts[i] for i in piece], budget=args.budget or auto_budget(lm), tick=bar.update))
+        bar.close()
+    if rank_and_world_size()[0] == 0:
+        where = {i: (part, row) for part, piece in zip(parts, (pieces if new else [])) for row, i in enumerate(piece)}
+        arrays = {}
+
+        def merged(a: int, name: str):
+            for i, line in enumerate(lines):
+                part, row = where[i] if i in where else (None, row_of[line])
+                yield (old[name] if part is None else part[a])[row:row + 1]
+
+        for a, name in enumerate(TextTable._fields):
+            shape = (parts[0][a] if parts else old[name]).shape[1:]
+            arrays[name] = (len(texts), *shape), [part[a] for part in parts] if old is None else merged(a, name)
+        data.write_text(folder / "texts.txt", "\n".join(lines))
+        write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, without == "pretraining"),
+                                     "seconds": round(time.time() - began, 1), "scored": len(new),
+                                     "value_tokens": float(sum(part[1].sum() for part in parts))})
+        for part in folder.glob("texts_[0-9]*.npz"):
+            part.unlink()
+    barrier()
+    return read_table(folder)[0]
+
+
+def parse_codes(codes: list[int], profiles: list[str]) -> list[int]:
+    if len(codes) != len(profiles):
+        raise data.CommandError(2, f"--codes: {len(codes)} numbers for {len(profiles)} profiles, {', '.join(profiles)}")
+    return codes
+
+
+def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The training rows [r], and the texts that they tell as a CSR: indptr [r + 1], text [nnz]."""
+    train = source.part == 0
+    rows = np.flatnonzero(train)
+    texts = map(torch.from_numpy, data.row_texts(source, train, kinds))
+    indptr, text = select_rows(*texts, torch.from_numpy(rows))
+    return rows, indptr.numpy(), text.numpy()
+
+
+def command_fit(args) -> None:
+    """Text table, codebooks and the IDs of all users of --data, from their training rows."""
+    began, out, source = time.time(), Path(args.out), data.read_data(args.data)
+    if args.without in MEASUREMENT and (args.exact_rounds or args.exact_users):
+        raise data.CommandError(2, "--exact-rounds and --exact-users need gradients, "
+                                   f"which --without {args.without} replaces")
+    names = list(source.layout["profiles"])
+    codes, (rows, indptr, text) = parse_codes(args.codes, names), training_texts(source, args.kinds)
+    user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
+    model = Model(args, random=args.without == "pretraining")
+    if args.exact_users:
+        ids, probability, books = exact_users(args, model, source, indptr, text, user, codes, out)
+    else:
+        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts,
+                           args.without if args.without in IN_TABLE else "")
+    if rank_and_world_size()[0] > 0:
+        return
+    trace = {}
+    if not args.exact_users:
+        fitted = []
+        for p, (name, k) in enumerate(zip(names, codes)):
+            evidence = profile_evidence(source, table, indptr, text, p, args.without)
+            score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
+            start = shared_prompt(model.get()[0], args.tokens).flatten() if args.exact_rounds else None
+            found = fit(evidence, user, item, len(source.users), k, directions=args.directions, seed=args.seed,
+                        without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start)
+            fitted.append(found)
+            trace[name] = report_fit(name, found, args.guide)
+        known = torch.stack([one.n > 0 for one in fitted], 1).numpy()
+        ids = np.where(known, torch.stack([one.r.argmax(1) for one in fitted], 1).numpy(), -1)
+        probability = np.where(known, torch.stack([one.r.max(1).values for one in fitted], 1).numpy(), 0)
+        books = [one.book for one in fitted]
+    keys = ("codes", "directions", "tokens", "seed", "without", "kinds", "exact_rounds", "exact_users")
+    write_profiles(out, Profiles(source.users, ids, probability, names, books, {
+        "command": "fit", "settings": {key: getattr(args, key) for key in keys},
+        "lm": lm_identity(args.lm, args.without == "pretraining"),
+        "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
+        "table": os.path.relpath(args.table or out / "table", out), "code_sha256": data.sha256_of(Path(__file__)),
+        "run": data.run_facts(began, "uip.py")}))
+
+
+def report_fit(name: str, found: Fitted, guide: bool) -> dict:
+    """Prints what EM found for one profile, and returns it for meta.json."""
+    known = found.n > 0
+    ids, sure = found.r[known].argmax(1), found.r[known].max(1).values
+    k, history = len(found.book.pi), found.book.history
+    used = torch.bincount(ids, minlength=k).tolist()
+    entry = {"usage": used, "perplexity": perplexity(ids, k), "log_likelihood": history, "F": found.F,
+             "eigenvalues": [round(float(v), 4) for v in found.book.eigenvalues[:16]], "chance": found.book.chance,
+             "directions": found.book.directions.shape[1], "unsure": float((sure < 0.5).double().mean())}
+    climb = f"log-likelihood {history[0]:.1f} → {history[-1]:.1f} in {len(history)} rounds, " if history else ""
+    print(f"{name}: {entry['directions']} directions (signal over noise "
+          f"{', '.join(f'{v:.2f}' for v in entry['eigenvalues'][:4])} …; chance {found.book.chance:.2f}), {climb}"
+          f"codes {'/'.join(map(str, used))} (perplexity {entry['perplexity']:.2f}), "
+          f"{entry['unsure']:.0%} of the users under 50 % sure, {int((~known).sum())} without evidence")
+    if guide:
+        entry["guide"] = explained_variance(found.book, found.z, found.n)
+        print(f"{name}: held-out share of variance that so many codes explain: "
+              + ", ".join(f"{codes}: {value:.3f}" for codes, value in entry["guide"].items()))
+    if k > 1 and entry["perplexity"] < 1.5:
+        print(f"WARNING: the codebook of {name} has collapsed (perplexity {entry['perplexity']:.2f}): "
+              "nearly all users share one ID")
+    return entry
+
+
+def prompt_scorer(args, model: Model, source, evidence: Evidence, p: int):
+    """score(prompt [m·d]) → (nll [T], gradient [T, m·d]) of the texts that speak for profile p.
+
+    The other profiles are at θ⁰.
+    """
+    lm, tokenizer = model.get()
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens,
+                          without=args.without if args.without in IN_TABLE else "")
+    used = torch.unique(evidence.text)
+    theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
+    bar = tqdm(desc="exact rounds", total=len(used) * args.codes[p] * (args.exact_rounds + 1), unit="text", delay=2)
+
+    def score(prompt: Tensor) -> tuple[Tensor, Tensor]:
+        theta[p] = prompt.reshape(args.tokens, -1)
+        texts = [source.texts[i] for i in used.tolist()]
+        table = score_texts(lm, layout, texts, theta, budget=args.budget or auto_budget(lm), tick=bar.update)
+        value, gradient = torch.zeros(len(evidence.value)), torch.zeros(len(evidence.value), prompt.numel())
+        value[used], gradient[used] = table.nll, table.gradient[:, p]
+        return value, gradient
+
+    return score
+
+
+def exact_users(args, model: Model, source, indptr: np.ndarray, text: np.ndarray, user: Tensor, codes: list[int],
+                out: Path):
+    """IDs by per-user prompt tuning and k-means, the reference for small sets: ids and probability [N, P], books."""
+    lm, tokenizer = model.get()
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens,
+                          without=args.without if args.without in IN_TABLE else "")
+    N, P = len(source.users), len(layout.names)
+    by_user = indptr[np.searchsorted(user.numpy(), np.arange(N + 1))]
+    active = [u for u in range(N) if by_user[u] < by_user[u + 1]]
+    start = shared_prompt(lm, args.tokens).repeat(P, 1, 1)
+    first = rank_and_world_size()[0] == 0
+    if first:
+        claim_folder(out, {"data": source.meta["sha256"], "lm": lm_identity(args.lm), "steps": args.steps,
+                           "lr": args.lr, "tokens": args.tokens, "without": args.without, "kinds": args.kinds,
+                           "part": args.part, "dtype": args.dtype}, args.restart)
+    barrier()
+    pieces = [active[i:i + args.part] for i in range(0, len(active), args.part)]
+    bar = tqdm(total=len(active), desc="users", unit="user", delay=2, disable=not first)
+
+    def tune(piece: list[int]):
+        rows = [pack([source.texts[t] for t in text[by_user[u]:by_user[u + 1]]], layout) for u in piece]
+        return tune_users(lm, layout, rows, start.expand(len(piece), -1, -1, -1), steps=args.steps, lr=args.lr,
+                          budget=args.budget or auto_budget(lm), tick=bar.update)
+
+    parts = all_parts(out, "users", pieces, tune)
+    theta = torch.from_numpy(np.concatenate([part[0] for part in parts])).flatten(2)         # (active, P, m·d)
+    if first:
+        total = sum(float(part[1].sum()) for part in parts)
+        print(f"per-user tuning: −log P(B|θ) {total:.2f} over {len(active)} users")
+    ids, books, blank = np.full((N, P), -1), [], torch.zeros(0, dtype=torch.float64)
+    for p, k in enumerate(codes):
+        found = kmeans(theta[:, p], min(k, len(active)), generator=torch.Generator().manual_seed(args.seed))
+        ids[active, p] = found.ids.numpy()
+        share = torch.bincount(found.ids, minlength=len(found.centroids)).double() / len(active)
+        books.append(Codebook(blank, blank, blank, blank, share, found.centroids.double(), blank, blank, 0.0, []))
+    if first:
+        for part in out.glob("users_[0-9]*.npz"):
+            part.unlink()
+    return ids, (ids >= 0).astype(np.float32), books
+
+
+def command_infer(args) -> None:
+    """IDs of the users of --data from their training rows, with the codebooks of --profiles.
+
+    Only new texts need the LLM.
+    """
+    began, out, given, source = time.time(), Path(args.out), Path(args.profiles), data.read_data(args.data)
+    if given.resolve() == out.resolve():
+        raise data.CommandError(2, "infer: --out must not be --profiles, whose codebook stays as it is")
+    profiles = read_profiles(given)
+    settings = profiles.meta["settings"]
+    if settings["exact_users"] or settings["exact_rounds"]:
+        raise data.CommandError(2, f"{given} was made with --exact-users or --exact-rounds, which have no "
+                                   "closed form for new users: fit without them")
+    if profiles.meta["layout"] != source.layout:
+        raise ValueError(f"{given} and {args.data} have different layouts: IDs mean something only with the texts of "
+                         "their codebook")
+    args.tokens, without = settings["tokens"], settings["without"]
+    table = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, source.texts,
+                       without if without in IN_TABLE else "", known=given / profiles.meta["table"])
+    if rank_and_world_size()[0] > 0:
+        return
+    rows, indptr, text = training_texts(source, settings["kinds"])
+    by_user = indptr[np.searchsorted(source.user[rows], np.arange(len(source.users) + 1))]
+    known, r = [], []
+    for p, book in enumerate(profiles.books):
+        evidence = profile_evidence(source, table, by_user, text, p, without)
+        n = sum_texts(evidence.indptr, evidence.text, evidence.weight.double()[:, None])[:, 0]
+        z = sum_texts(evidence.indptr, evidence.text, book.project(evidence.value, evidence.weight))
+        r.append(responsibilities(book, z, n))
+        known.append(n > 0)
+    known = torch.stack(known, 1).numpy()
+    if not known.any():
+        raise ValueError(f"{args.data}: no user has evidence, so there is nothing to infer IDs from")
+    ids = np.where(known, torch.stack([one.argmax(1) for one in r], 1).numpy(), -1)
+    probability = np.where(known, torch.stack([one.max(1).values for one in r], 1).numpy(), 0)
+    write_profiles(out, profiles._replace(users=source.users, ids=ids, probability=probability, meta={
+        **{key: profiles.meta[key] for key in ("settings", "layout", "lm")}, "command": "infer", "data": source.name,
+        "data_sha256": source.meta["sha256"], "table": "table", "code_sha256": data.sha256_of(Path(__file__)),
+        "run": data.run_facts(began, "uip.py")}))
+    print(f"IDs of {len(ids)} users in {out}: {int((ids < 0).any(1).sum())} of them without evidence")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("fit", command_fit), ("infer", command_infer)):
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--data", required=True, help="folder made by data.py")
+        sub.add_argument("--lm", required=True, help="causal LM: a folder or a hub id, such as Qwen/Qwen2-0.5B")
+        sub.add_argument("--out", required=True, help="folder for profiles.npz, the text table and meta.json")
+        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
+        sub.add_argument("--budget", type=data.positive_int,
+                         help="padded tokens in one forward pass [1024 on a CPU, by its memory on a GPU]")
+        sub.add_argument("--part", type=data.positive_int, default=256,
+                         help="texts per file, the unit that a killed run redoes [256]")
+        sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
+    sub.add_argument("--profiles", required=True, help="folder made by fit: its codebooks and settings")
+    sub = commands.choices["fit"]
+    sub.add_argument("--codes", type=lambda text: [data.positive_int(k) for k in text.split(",")], default=[4, 3],
+                     help="codebook size of each profile, in the order of the layout [4,3]")
+    sub.add_argument("--directions", type=data.positive_int, default=16, help="most directions of a codebook [16]")
+    sub.add_argument("--tokens", type=data.positive_int, default=1, help="soft tokens per profile [1]")
+    sub.add_argument("--seed", type=data.nonnegative_int, default=0, help="of k-means++; nothing else is random [0]")
+    sub.add_argument("--kinds", type=lambda text: text.split(","), help="kinds of evidence to use [all of the layout]")
+    sub.add_argument("--table", help="folder of the text table, to share it between runs [OUT/table]")
+    sub.add_argument("--exact-rounds", type=data.nonnegative_int, default=0,
+                     help="EM rounds by the LLM's own likelihood, each of K passes over the texts [0]")
+    sub.add_argument("--exact-users", action="store_true",
+                     help="per-user prompt tuning instead of the text table (slow)")
+    sub.add_argument("--steps", type=data.positive_int, default=3,
+                     help="steps of Adam per user, with --exact-users [3]")
+    sub.add_argument("--lr", type=data.nonnegative_float, default=0.02,
+                     help="learning rate of Adam in exact rounds or for exact users [0.02]")
+    sub.add_argument("--guide", action="store_true",
+                     help="print how much of the held-out variance 2 … 32 codes explain")
+    sub.add_argument("--without", default="", choices=[*IN_TABLE, *MEASUREMENT, *IN_QUANTISER],
+                     help="leave a part of the method out, to see its worth")
+    args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
+        args.device = init_distributed(args.device)
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 on")
-    return value
+        out = Path(args.out)
+        if rank_and_world_size()[0] > 0:
+            return args.run(args)
+        with data.exclusive_lock(out / ".lock"):
+            args.run(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Fault as fault:
-        print(f"uip.py: {fault}", file=sys.stderr)
-        sys.exit(fault.code)
-    except KeyboardInterrupt:
-        print("uip.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    data.run_command("uip.py", main)

@@ -1,0 +1,614 @@
+"""Speed of every part of the kit, beside its rivals. The last printed line is JSON; --out also writes it to a file.
+
+    python results/bench.py em --lm DIR     the text table beside the LLM's own limit and the naive way
+    python results/bench.py kmeans          k-means beside scikit-learn and faiss, where they are installed
+    python results/bench.py bank            the feature bank beside SQLite
+    python results/bench.py ctr             DeepFM training, beside DeepCTR-Torch where it is installed
+    python results/bench.py data            reading reviews, beside json.loads of the same lines
+    python results/bench.py scale           planted shops of many users, from the shop to the ID as of every row
+    python results/bench.py gpu --out DIR   what one GPU is asked for (--device cpu --small tries the same code)
+
+Rivals run in turn with our code in one process, from equal starts and with equal settings. Everything is synthetic.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import re
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import codebook
+import ctr
+import data
+import uip
+from codebook import Bank, assign, fit_codebook, kmeans, profile_evidence, responsibilities, select_rows
+
+
+def seconds(call, device: str | torch.device = "cpu", clock=time.perf_counter) -> float:
+    """Seconds that call() takes, the work it gave to a GPU included."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    began = clock()
+    call()
+    wait()
+    return clock() - began
+
+
+def machine(device: str | torch.device = "cpu") -> dict:
+    """What figures were measured on; a GPU only where it was used."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
+    return {"device": str(device), **gpu, **data.machine(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__}
+
+
+def peak_mb(device: str | torch.device = "cpu") -> float | None:
+    """The most memory that this process has had so far, or its GPU where one is used, in MiB."""
+    on_gpu = torch.device(device).type == "cuda"
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 20, 1) if on_gpu else data.peak_mb()
+
+
+def planted_texts(n: int) -> tuple[list[tuple[str, str]], dict]:
+    """n distinct texts of the planted shop, evenly over its kinds, and its layout; many are told apart by a number."""
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_data(folder, "planted", data.planted(users=2000), data.LAYOUTS["planted"])
+        source = data.read_data(folder)
+    texts = source.texts
+    if n > len(texts):
+        return [(kind, text if i < len(texts) else f"{text} {i // len(texts)}")
+                for i, (kind, text) in ((i, texts[i % len(texts)]) for i in range(n))], source.layout
+    return [texts[i * len(texts) // n] for i in range(n)], source.layout
+
+
+# ------------------------------------------------------------------------------------------------------- em
+
+# Office_Products 2014 as data.py makes it, in tokens of SmolLM2, for estimates of other categories.
+OFFICE = {"items": 2420, "texts": 3123, "tokens": 59_338}
+SHOPS = {"Video_Games": 10_672, "Clothing": 23_033, "Movies_and_TV": 50_052}     # items of the 2014 5-cores
+
+
+def plain_rows(lm, rows: int, width: int, predictions: int, backward: bool = True) -> None:
+    """The limit: `rows` plain causal rows of `width` tokens, the head on some predictions, backward to the inputs."""
+    with torch.set_grad_enabled(backward):
+        x = torch.randn(rows, width, lm.config.hidden_size).to(lm.device, lm.dtype).requires_grad_(backward)
+        states = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)
+        if backward:
+            logits = lm.get_output_embeddings()(states[:predictions]).float()
+            logits.log_softmax(-1)[:, 0].sum().backward()
+
+
+def text_speed(lm, layout, texts: list, *, budget: int = 1024, repeat: int = 3, naive: int = 32, full=None) -> dict:
+    """score_texts beside the limit and the naive way, in turn.
+
+    The limit is the LLM's work alone: forward and backward to the inputs over plain causal rows with as many tokens
+    (texts, leads, soft tokens), and one plain forward pass where score_texts makes one for the control "reversed". The
+    naive way makes gradients only, so it is compared with score_texts less the time of that control, per text.
+    full: the LLM in fp32; None: the naive way runs in the LLM's own type only.
+    """
+    rows = [uip.pack([text], layout) for text in texts]
+    lengths = [len(row.ids) + layout.m * sum(layout.kinds[kind][1]) for row, (kind, _) in zip(rows, texts)]
+    labels, control, spent = [int(row.labels.sum()) for row in rows], [], []
+    some = list(range(0, len(texts), max(1, len(texts) // naive)))
+    theta = uip.shared_prompt(lm, layout.m).repeat(len(layout.names), 1, 1)
+    original = uip.reversed_states
+
+    def reversed_states(lm, part, group):
+        found = []
+        spent.append(seconds(lambda: found.append(original(lm, part, group)), lm.device))
+        if not limit.ready:
+            control.extend((len(group), 1 + len(name) + max(len(row.ids) for row in group)) for name in part.names)
+        return found[0]
+
+    def ours():
+        uip.score_texts(lm, layout, texts, theta, budget=budget)
+
+    def limit():
+        for group in uip.batches(lengths, budget):
+            width = round(sum(lengths[i] for i in group) / len(group))
+            plain_rows(lm, len(group), width, sum(labels[i] for i in group))
+        for count, width in control:
+            plain_rows(lm, count, width, 0, backward=False)
+        limit.ready = True
+
+    def naive_way(model):
+        for start in range(0, len(some), 8):
+            part = [[texts[i]] for i in some[start:start + 8]]
+            x = theta.to(model.device).expand(len(part), -1, -1, -1).contiguous().requires_grad_()
+            uip.naive_nll(model, layout, part, x).sum().backward()
+
+    limit.ready = False
+    ways = {"ours": ours, "limit": limit, "naive_same_dtype": lambda: naive_way(lm)}
+    if full is not None:
+        ways["naive"] = lambda: naive_way(full)
+    taken, controls = {way: [] for way in ways}, []
+    uip.reversed_states = reversed_states
+    try:
+        for turn in range(repeat + 1):                                 # in turn, the first a warm-up
+            for way, run in ways.items():
+                spent.clear()
+                once = seconds(run, lm.device)
+                if turn:
+                    taken[way].append(once)
+                    controls += [sum(spent)] * (way == "ours")
+    finally:
+        uip.reversed_states = original
+    mine, control_time = np.array(taken["ours"]), np.array(controls)
+    share = len(texts) / len(some)
+    ratio = lambda way: round(float(np.median(np.array(taken[way]) * share / (mine - control_time))), 2)
+    middle = float(np.median(mine))
+    return {"texts": len(texts), "tokens": sum(lengths), "value_tokens": sum(labels), "naive_texts": len(some),
+            "seconds": taken, "tokens_per_s": round(sum(lengths) / middle, 1),
+            "ms_per_text": round(1e3 * middle / len(texts), 2),
+            "of_limit": round(float(np.median(np.array(taken["limit"]) / mine)), 3),
+            "control_share": round(float(np.median(control_time / mine)), 3),
+            **({"vs_naive": ratio("naive")} if full is not None else {}),
+            "vs_naive_same_dtype": ratio("naive_same_dtype"),
+            "budget": budget, "dtype": str(lm.dtype)[6:], "parameters": sum(w.numel() for w in lm.parameters()),
+            "peak_mb": peak_mb(lm.device), "machine": machine(lm.device)}
+
+
+def estimates(tokens_per_s: float) -> dict:
+    """LLM minutes of other categories: items × texts and tokens per item of Office_Products / speed. An estimate."""
+    each = OFFICE["tokens"] / OFFICE["items"]
+    return {name: {"items": items, "minutes": round(items * each / tokens_per_s / 60, 1), "estimate": True}
+            for name, items in SHOPS.items()}
+
+
+def bench_em(args) -> dict:
+    """The text table beside the LLM's limit and the naive way."""
+    lm, tokenizer = uip.load_lm(args.lm, args.dtype, args.device)
+    full = uip.load_lm(args.lm, "float32", args.device)[0] if lm.dtype != torch.float32 else lm
+    texts, spec = planted_texts(args.texts)
+    found = text_speed(lm, uip.Layout.build(spec, tokenizer), texts, budget=args.budget, repeat=args.repeat,
+                       naive=args.naive, full=full)
+    return {"lm": uip.lm_identity(args.lm), **found, "estimates": estimates(found["tokens_per_s"])}
+
+
+# ------------------------------------------------------------------------------------------ k-means and bank
+
+def kmeans_rivals(x: torch.Tensor, c: torch.Tensor, iters: int) -> dict:
+    """The same iterations from the same start by others: {name: call}; scikit-learn and faiss where installed."""
+    def plain():
+        now = c
+        for _ in range(iters):
+            ids = torch.cdist(x, now).argmin(1)
+            now = torch.zeros_like(now).index_add_(0, ids, x) / ids.bincount(minlength=len(now))[:, None]
+        return now
+
+    calls = {"plain": plain}
+    with contextlib.suppress(ImportError):
+        from sklearn.cluster import KMeans
+        model = KMeans(len(c), init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
+        calls["sklearn"] = lambda: torch.from_numpy(model.fit(x.numpy()).cluster_centers_)
+    with contextlib.suppress(ImportError):
+        import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        other = faiss.Kmeans(x.shape[1], len(c), niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
+        calls["faiss"] = lambda: other.train(x.numpy(), init_centroids=c.numpy()) and torch.tensor(other.centroids)
+    return calls
+
+
+def kmeans_speed(n: int, d: int, k: int, iters: int = 10, rounds: int = 5, device: str = "cpu") -> dict:
+    """Best seconds of `rounds` alternating runs, and the ratio other / ours (above 1: ours is faster).
+
+    Equal starts, equal iterations; inertia, of the centroids each returns, shows that the answers are equal too.
+    """
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(k)).to(device)
+    rivals = kmeans_rivals(x, x[:k].clone(), iters) if device == "cpu" else {}
+    calls = {"ours": lambda: kmeans(x, k, init=x[:k], iters=iters).centroids, **rivals}
+    inertia = {name: float(assign(x, call())[1].double().sum()) for name, call in calls.items()}      # a warm-up, too
+    runs = [[seconds(call, device) for call in calls.values()] for _ in range(rounds)]
+    best = dict(zip(calls, map(min, zip(*runs))))
+    ratio = {name: value / best["ours"] for name, value in best.items() if name != "ours"}
+    return {"n": n, "d": d, "k": k, "iters": iters, "seconds": best, "ratio": ratio, "inertia": inertia}
+
+
+def bench_kmeans(args) -> dict:
+    """k-means at d = 576 and 4,096 (SmolLM2's and Llama-2-7B's width), K = 4 and 32."""
+    found = [kmeans_speed(n, d, k) for n, d in ((args.rows, 576), (args.rows // 5, 4096)) for k in (4, 32)]
+    return {"kmeans": found, "versions": {name: getattr(sys.modules.get(name), "__version__", "not installed")
+                                          for name in ("sklearn", "faiss")}, "machine": machine()}
+
+
+def bench_bank(args, batch: int = 10_000) -> dict:
+    """Build, open and lookups of many users: in batches beside SQLite's primary key, in Python lists, and alone.
+
+    mb_2m, mb_100m: what so many users take, computed from the bytes a user. Readers share one page cache.
+    """
+    n, rng = args.users, np.random.default_rng(0)
+    users, codes = np.char.add("u", rng.permutation(n).astype(str)), rng.integers(1, 5, (n, 2))
+    median = lambda look, groups: float(np.median([seconds(lambda: look(some)) for some in groups]))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        build = seconds(lambda: Bank.build(folder / "bank", users, codes))
+        opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
+        bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
+        each = median(bank.lookup, batches) / batch
+        single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
+        pairs = [seconds(lambda: bank.lookup(two)) for some in batches[:2] for two in some.reshape(-1, 2).tolist()]
+        few = min(n, 1_000_000)
+        long = np.array([f"A{number:013d}" for number in rng.permutation(few)])                   # 14 characters
+        other = Bank.build(folder / "long", long, codes[:few])
+        lists = median(other.lookup, [long[rng.integers(0, few, batch)].tolist() for _ in range(20)]) / batch
+        with contextlib.closing(sqlite3.connect(folder / "bank.sqlite")) as db:
+            db.execute("CREATE TABLE bank (user TEXT PRIMARY KEY, a INT, b INT) WITHOUT ROWID")
+            rows = ((str(users[i]), int(codes[i, 0]), int(codes[i, 1])) for i in users.argsort())
+            db.executemany("INSERT INTO bank VALUES (?, ?, ?)", rows)
+            sql = "SELECT a, b FROM bank WHERE user = ?"
+            lite = median(lambda some: [db.execute(sql, (user,)).fetchone() for user in some],
+                          map(np.ndarray.tolist, batches)) / batch
+        size = sum((folder / "bank" / name).stat().st_size for name in Bank.FILES[:3]) / n
+    return {"users": n, "build_s": build, "bytes_per_user": size, "mb_2m": 2 * size, "mb_100m": 100 * size,
+            "computed": ["mb_2m", "mb_100m"], "open_ms": 1e3 * opened, "lookups_per_s": 1 / each,
+            "vs_sqlite": lite / each, "list_lookups_per_s": 1 / lists,
+            "single_p99_us": 1e6 * float(np.quantile(single, 0.99)),
+            "pair_p99_us": 1e6 * float(np.quantile(pairs, 0.99)), "sqlite": sqlite3.sqlite_version,
+            "machine": machine()}
+
+
+# ------------------------------------------------------------------------------------------- ctr, data, scale
+
+SIZES = (20_000, 10_000, 16, 8)
+
+
+def random_rows(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random rows with planted answers, an effect per value and a user × item taste: x int32 [R, 4], y [R]."""
+    rng = np.random.default_rng(seed)
+    x = np.stack([rng.integers(0, size, rows) for size in SIZES], 1)
+    logit = sum(rng.normal(0, 0.7, size)[column] for size, column in zip(SIZES, x.T))
+    user, item = (rng.normal(0, 1, (size, 2))[column] for size, column in zip(SIZES, x.T[:2]))
+    y = rng.random(rows) < 1 / (1 + np.exp(-logit - (user * item).sum(1)))
+    return torch.from_numpy(x.astype(np.int32)), torch.from_numpy(y.astype(np.float32))
+
+
+def deepfm_epoch(x: torch.Tensor, y: torch.Tensor, rows: int, seed: int = 0) -> tuple[float, float]:
+    """One epoch of DeepFM over the first `rows`, batches of 1,024: (seconds, AUC of the other rows)."""
+    torch.manual_seed(seed)
+    model = ctr.DeepFM(SIZES, dropout=0.0).to(x.device)
+    adam, generator = ctr.optimiser(model, 1e-3, 1e-6), torch.Generator().manual_seed(seed)
+    taken = seconds(lambda: ctr.train_epoch(model, adam, x[:rows], y[:rows], 1024, generator), x.device)
+    return taken, ctr.auc(y[rows:].cpu(), ctr.predict(model, x[rows:]))
+
+
+def deepctr_epoch(x: torch.Tensor, y: torch.Tensor, rows: int, seed: int = 0) -> tuple[float, float]:
+    """The same by DeepCTR-Torch's fit, silent and without metrics, which is how it is fastest.
+
+    It adds the losses of a batch where we take their mean, and l2 · w² where Adam takes l2 / 2: hence its l2.
+    """
+    from deepctr_torch.inputs import SparseFeat
+    from deepctr_torch.models import DeepFM
+    columns, l2 = [SparseFeat(f"f{f}", size, 8) for f, size in enumerate(SIZES)], 1e-6 * 1024 / 2
+    model = DeepFM(columns, columns, dnn_hidden_units=(64, 32), l2_reg_linear=l2, l2_reg_embedding=l2, seed=seed)
+    model.compile(torch.optim.Adam(model.parameters(), lr=1e-3), "binary_crossentropy")
+    train, test = ({f"f{f}": column for f, column in enumerate(part.T.numpy())} for part in (x[:rows], x[rows:]))
+    taken = seconds(lambda: model.fit(train, y[:rows].numpy(), batch_size=1024, epochs=1, verbose=0))
+    return taken, ctr.auc(y[rows:], model.predict(test, 65536)[:, 0])
+
+
+def bench_ctr(args) -> dict:
+    """DeepFM: one epoch on random rows; the AUC is of a tenth as many further rows. Best time of three seeds."""
+    x, y = random_rows(args.rows + max(1000, args.rows // 10))
+    calls, before = [deepfm_epoch], set(threading.enumerate())
+    with contextlib.redirect_stdout(io.StringIO()):                    # DeepCTR-Torch prints even when silent
+        with contextlib.suppress(ImportError):
+            import deepctr_torch  # noqa: F401
+            calls.append(deepctr_epoch)
+            for thread in set(threading.enumerate()) - before:         # it asks PyPI for a newer version: wait
+                thread.join(60)
+        runs = np.array([[call(x, y, args.rows, seed) for call in calls] for seed in range(3)])       # (3, calls, 2)
+    taken, score = runs[..., 0].min(0), runs[..., 1].mean(0)
+    rival = {"vs_deepctr": taken[1] / taken[0], "auc_gain": score[0] - score[1]} if len(calls) > 1 else {}
+    return {"rows": args.rows, "seconds": round(taken[0], 3), "rows_per_s": round(args.rows / taken[0]),
+            "auc": round(score[0], 4), **rival, "peak_mb": data.peak_mb(), "machine": machine()}
+
+
+def write_reviews(path: Path, rows: int) -> None:
+    """Review lines in the form of 2018, of 40 words on average, by users of 10 rows each and as many items as users."""
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 11, 5000)])
+    texts = [" ".join(words[rng.integers(0, 5000, size)].tolist()) for size in rng.geometric(1 / 40, 20_000)]
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for row in range(rows):
+            user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
+            file.write(json.dumps({
+                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018",
+                "reviewerID": f"A{user:013d}", "asin": f"B{item:09d}", "reviewerName": texts[-text][:12],
+                "reviewText": texts[text], "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
+
+
+def bench_data(args) -> dict:
+    """Reading reviews to unique rows beside json.loads of the same lines: medians of three, in seconds of the CPU."""
+    def plain(path):
+        with gzip.open(path) as file:
+            for line in file:
+                json.loads(line)
+
+    ours = lambda path: data.read_reviews(path)[0].dataset({}, {}, {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reviews.json.gz")
+        write_reviews(path, args.rows)
+        runs = [[seconds(lambda: call(path), clock=time.process_time) for call in (ours, plain)] for _ in range(3)]
+    each, other = np.median(runs, axis=0).tolist()
+    return {"rows": args.rows, "rows_per_s": round(args.rows / each), "json_rows_per_s": round(args.rows / other),
+            "of_json": round(other / each, 3), "peak_mb": data.peak_mb(), "machine": machine()}
+
+
+def random_table(source, width: int = 576) -> dict:
+    """A text table of random gradients, as wide as SmolLM2's: it costs what follows as much as a true one."""
+    rng, count = np.random.default_rng(0), len(source.texts)
+    tokens = np.array([len(text.split()) + 1 for _, text in source.texts], np.float32)
+    gradient = rng.standard_normal((count, len(source.layout["profiles"]), width), dtype=np.float32)
+    return {"tokens": tokens, "gradient": gradient * np.sqrt(tokens)[:, None, None]}
+
+
+def scale_speed(users: int, score=None, epoch: str = "") -> dict:
+    """A planted shop of so many users through data, evidence, codebooks, IDs, IDs as of every row, and a bank.
+
+    score(texts, layout spec) → table; None: random gradients. epoch: the device of one epoch of DeepFM on the result.
+    users_per_s counts everything between the table and the bank. update_us: one user's ID after one more row.
+    """
+    took, codes, probability, columns = {}, [], [], []
+
+    def stage(name: str, call):
+        began = time.perf_counter()
+        found = call()
+        took[name] = took.get(name, 0.0) + time.perf_counter() - began
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        shop = stage("draw the shop", lambda: data.planted(users=users))
+        with contextlib.redirect_stdout(io.StringIO()):
+            stage("write data", lambda: data.write_data(Path(folder, "data"), "planted", shop, data.LAYOUTS["planted"]))
+        del shop
+        source = stage("read data", lambda: data.read_data(Path(folder, "data")))
+        table = stage("text table", lambda: score(source.texts, source.layout) if score else random_table(source))
+        before = data.peak_mb()
+        train = source.part == 0
+        rows, user = torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(source.user).long()
+        item = torch.from_numpy(source.x[:, 1]).long()
+        seen = torch.from_numpy(ctr.rows_seen(source, source.part, "warm"))
+        indptr, text = stage("evidence", lambda: data.row_texts(source, train))
+        for p, k in enumerate((4, 3)):
+            evidence = stage("evidence", lambda: profile_evidence(source, table, indptr, text, p, ""))
+            own = stage("evidence", lambda: evidence._replace(**dict(zip(
+                ("indptr", "text"), select_rows(evidence.indptr, evidence.text, rows)))))
+            book, z, n = stage("fit_codebook", lambda: fit_codebook(own, user[rows], item[rows], users, k))
+            r = stage("IDs of users", lambda: responsibilities(book, z, n))
+            codes.append(torch.where(n > 0, r.argmax(1) + 1, 0).numpy())
+            probability.append(r.max(1).values.numpy())
+            columns.append(stage("IDs as of every row",
+                                 lambda: codebook.ids_before(book, evidence, user, seen)[0] + 1).numpy())
+            one = [seconds(lambda: responsibilities(book, z[u:u + 1] + z[:1], n[u:u + 1] + 1).argmax(1))
+                   for u in range(100)]
+        after = [name for name in took if name not in ("draw the shop", "write data", "read data", "text table")]
+        speed = users / sum(took[name] for name in after)
+        stage("bank", lambda: Bank.build(Path(folder, "bank"), source.users, np.stack(codes, 1),
+                                         probability=np.stack(probability, 1)))
+        if epoch:
+            fold = stage("CTR rows", lambda: ctr.make_fold(source, "warm", "liked", 0))
+            x = torch.from_numpy(np.concatenate([fold.x, np.stack(columns, 1).astype(np.int32)], 1)[train]).to(epoch)
+            y, model = torch.from_numpy(fold.y[train]).to(epoch), ctr.DeepFM([*fold.sizes, 5, 4]).to(epoch)
+            adam, generator = ctr.optimiser(model, 1e-2, 1e-5), torch.Generator().manual_seed(0)
+            took["one epoch of DeepFM"] = seconds(lambda: ctr.train_epoch(model, adam, x, y, 8192, generator), epoch)
+    arrays = sum(a.nbytes for a in (*table.values(), source.user, source.x, source.rating, source.price, source.time,
+                                    source.part, source.users, source.indptr, source.text)) / 2 ** 20
+    return {"users": users, "rows": len(source.user), "texts": len(source.texts), "told": len(text),
+            "users_per_s": round(speed), "seconds": {name: round(value, 3) for name, value in took.items()},
+            "update_us": round(1e6 * float(np.median(one)), 1),
+            "arrays_mb": round(arrays, 1), "peak_mb_before": before, "peak_mb": data.peak_mb()}
+
+
+def bench_scale(args) -> dict:
+    """Planted shops from small to large; with --lm the table is the LLM's, whose time does not depend on the users."""
+    score = None
+    if args.lm:
+        lm, tokenizer = uip.load_lm(args.lm, "auto", "auto")
+        score = lambda texts, spec: {name: array.numpy() for name, array in uip.score_texts(
+            lm, uip.Layout.build(spec, tokenizer), texts)._asdict().items()}
+    found = []
+    for users in args.users:
+        found.append(scale_speed(users, score))
+        print(json.dumps(found[-1]), flush=True)
+    return {"scale": found, "users_per_s": found[-1]["users_per_s"], "peak_mb": data.peak_mb(),
+            "table": args.lm or "random gradients of width 576", "machine": machine()}
+
+
+# ------------------------------------------------------------------------------------------------------ gpu
+
+class Chunks:
+    """A tokenizer for LLMs of random weights: pieces of up to four characters, hashed into the vocabulary."""
+    bos_token_id = eos_token_id = 1
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def encode(self, text: str, **_) -> list[int]:
+        return [3 + zlib.crc32(piece.encode()) % (self.vocabulary - 3) for piece in re.findall(r"\S{1,4}", text)]
+
+
+SHAPES = {"SmolLM2-135M": (576, 1536, 30, 9, 3, 49_152), "Llama-2-7B": (4096, 11_008, 32, 32, 32, 32_000),
+          "tiny": (64, 128, 2, 4, 2, 512)}       # hidden, MLP, layers, heads, key-value heads, vocabulary
+
+
+def random_lm(shape: str, device: str, dtype: torch.dtype):
+    """(lm, tokenizer): a Llama of random weights, built on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    hidden, mlp, layers, heads, kv, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocabulary, initializer_range=0.4 if shape == "tiny" else 0.02)
+    torch.manual_seed(1)
+    attention = "eager" if device == "cpu" else "sdpa"
+    with torch.device(device if shape == "Llama-2-7B" else "cpu"):     # equal weights on all devices, but for the large
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return lm.to(device).eval().requires_grad_(False), Chunks(vocabulary)
+
+
+def parity(lm, layout, texts: list) -> dict:
+    """Largest errors, in parts of the largest value: text gradients summed, packed, one at a time; cache; mask."""
+    theta = uip.shared_prompt(lm, layout.m).repeat(len(layout.names), 1, 1)
+    summed = uip.score_texts(lm, layout, texts).gradient.sum(0)                              # (P, m·d)
+
+    def gradient(value, x):
+        return torch.autograd.grad(value.sum(), x)[0].sum(0).flatten(1).cpu()
+
+    def packed(cache, rows=[texts], layout=layout):
+        x = theta.to(lm.device).repeat(len(rows), 1, 1, 1).requires_grad_()
+        batch = uip.collate([uip.pack(row, layout) for row in rows], layout, cache, device=lm.device, dtype=lm.dtype)
+        return gradient(uip.nll(lm, batch, x), x)
+
+    cached, single = packed(uip.prefix(lm, layout)), sum(packed(None, [[text]]) for text in texts)
+    renamed = uip.replace(layout, names=(layout.names[0][::-1], *layout.names[1:]))          # the others may not see it
+    error = lambda a, b: float((a - b).abs().max() / b.abs().max())
+    plain, other = packed(None), packed(None, [texts], renamed)
+    return {"summed_packed": error(summed, cached), "summed_single": error(summed, single),
+            "cache_on_off": error(plain, cached), "own_name_mask": error(other[1:], plain[1:])}
+
+
+def bench_gpu(args) -> dict:
+    """What issue H asks of one GPU, each part guarded: a failed part is recorded, and the rest goes on."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    shape, half, small = "tiny" if args.small else "SmolLM2-135M", torch.bfloat16, args.small
+    found, began = {"machine": machine(device), "gpu": []}, time.time()
+    texts, spec = planted_texts(96 if small else 332)
+
+    def model(where: str, dtype: torch.dtype):
+        if args.lm:
+            return uip.load_lm(args.lm, str(dtype)[6:], where)
+        return random_lm(shape, where, dtype)
+
+    def parity_in(dtype):
+        lm, tokenizer = model(device, dtype)
+        return parity(lm, uip.Layout.build(spec, tokenizer), texts[:: len(texts) // 24])
+
+    def ids_of(table, where: str) -> list[torch.Tensor]:
+        """IDs of a planted shop of 240 users from a table, and from k-means on `where`."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            data.write_data(folder, "planted", data.planted(), data.LAYOUTS["planted"])
+            source = data.read_data(folder)
+            indptr, text = data.row_texts(source, source.part == 0)
+            user, item = (torch.from_numpy(column).long() for column in (source.user, source.x[:, 1]))
+            ids = []
+            for p, k in enumerate((4, 3)):
+                evidence = profile_evidence(source, table(source.texts), indptr, text, p, "")
+                book, z, n = fit_codebook(evidence, user, item, len(source.users), k)
+                ids += [responsibilities(book, z, n).argmax(1), kmeans(z.to(where), k).ids.cpu()]
+        return ids
+
+    def equal_answers():
+        tables = {}
+
+        def table_on(where):
+            lm, tokenizer = model(where, torch.float32)
+
+            def table(texts):
+                if where not in tables:
+                    tables[where] = {name: array.numpy() for name, array in uip.score_texts(
+                        lm, uip.Layout.build(spec, tokenizer), texts, budget=args.budget)._asdict().items()}
+                return tables[where]
+            return table
+        here, again, cpu = (ids_of(table_on(where), where) for where in (device, device, "cpu"))
+        share = lambda a, b: min(float((one == other).double().mean()) for one, other in zip(a, b))
+        x, y = random_rows(20_000)
+        score = [deepfm_epoch(x.to(where), y.to(where), 18_000)[1] for where in (device, "cpu")]
+        return {"equal_to_cpu": share(here, cpu), "fit_twice_equal": share(here, again), "auc": score,
+                "auc_gap": score[0] - score[1]}
+
+    def speed(lm, tokenizer):
+        layout, count = uip.Layout.build(spec, tokenizer), 96 if small else 2048
+        rows, some = [uip.pack(texts[i::24], layout) for i in range(24)], planted_texts(count)[0]
+        theta = uip.shared_prompt(lm, 1).repeat(len(rows), len(layout.names), 1, 1)
+        uip.tune_users(lm, layout, rows[:2], theta[:2], steps=1, budget=args.budget)
+        tuned = seconds(lambda: uip.tune_users(lm, layout, rows, theta, steps=1, budget=args.budget), lm.device)
+        each = text_speed(lm, layout, some, budget=args.budget, repeat=1 if small else 3, naive=min(count, 256))
+        return {**each, "reference_tokens_per_s": sum(len(row.ids) for row in rows) / tuned,
+                "estimates": estimates(each["tokens_per_s"])}
+
+    def score(texts, spec):
+        lm, tokenizer = model(device, torch.float32 if small else half)
+        layout = uip.Layout.build(spec, tokenizer)
+        taken = seconds(lambda: uip.score_texts(lm, layout, texts, budget=args.budget), device)
+        return {"texts": len(texts), "seconds": taken}
+
+    def office():
+        source = data.read_data(args.office)
+        return score(source.texts, source.layout)
+
+    sizes = ((1000, 64),) if small else ((100_000, 576), (100_000, 4096))
+    parts = {"parity, float32": lambda: parity_in(torch.float32), "parity, bfloat16": lambda: parity_in(half),
+             "equal answers": equal_answers, f"{shape}, bfloat16": lambda: speed(*model(device, half)),
+             "k-means": lambda: {"kmeans": [kmeans_speed(n, d, k, rounds=2, device=device)
+                                            for n, d in sizes for k in (4, 32)]},
+             "Llama-2-7B, random weights": lambda: speed(*random_lm("tiny" if small else "Llama-2-7B", device, half)),
+             "50,000 texts": lambda: score(*planted_texts(500 if small else 50_000)),
+             "planted shop": lambda: scale_speed(500 if small else 1_000_000, epoch=device)}
+    if args.office:
+        parts["Office_Products"] = office
+    for name, part in parts.items():
+        start = time.time()
+        try:
+            result = part() if start - began < args.minutes * 60 else {"skipped": f"after {args.minutes} minutes"}
+        except Exception as error:                                     # whatever fails, the others go on
+            result = {"error": f"{type(error).__name__}: {error}"[:500]}
+        found["gpu"].append({"part": name, **result, "part_seconds": round(time.time() - start, 1)})
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        data.write_json(Path(args.out, "gpu.json"), found)
+        print(json.dumps(found["gpu"][-1])[:600], flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+BENCHES = {"em": bench_em, "kmeans": bench_kmeans, "bank": bench_bank, "ctr": bench_ctr, "data": bench_data,
+           "scale": bench_scale, "gpu": bench_gpu}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, run in BENCHES.items():
+        sub = commands.add_parser(name, help=run.__doc__.split("\n")[0], allow_abbrev=False)
+        sub.add_argument("--out", help="JSON file" if name != "gpu" else "folder for gpu.json", required=name == "gpu")
+        rows = {"kmeans": 100_000, "ctr": 1_000_000, "data": 1_000_000}.get(name)
+        if rows:
+            sub.add_argument("--rows", type=data.positive_int, default=rows, help=f"rows [{rows}]")
+    option = lambda name, flag, default, what, kind=data.positive_int, **more: commands.choices[name].add_argument(
+        flag, default=default, type=kind, help=f"{what} [{default}]", **more)
+    for name in ("em", "gpu"):
+        option(name, "--lm", None, "causal LM: a folder or a hub id", str, required=name == "em")
+        option(name, "--device", "auto", "cpu, cuda, cuda:1 …", str)
+        option(name, "--budget", 1024 if name == "em" else 8192, "padded tokens in one pass")
+    option("em", "--dtype", "auto", "float32, bfloat16 or float16", str)
+    option("em", "--texts", 128, "texts of the planted shop")
+    option("em", "--naive", 32, "texts for the naive way")
+    option("em", "--repeat", 3, "turns after the warm-up")
+    option("gpu", "--office", None, "folder of Office_Products, made by data.py", str)
+    option("gpu", "--minutes", 7, "no part starts after so many")
+    commands.choices["gpu"].add_argument("--small", action="store_true", help="tiny sizes, to try the code")
+    option("bank", "--users", 10_000_000, "users")
+    option("scale", "--users", [1000, 100_000], "users of each shop, ascending", nargs="+")
+    option("scale", "--lm", None, "make the table with this LLM", str)
+    args = parser.parse_args(argv)
+    found = BENCHES[args.bench](args)
+    if args.out and args.bench != "gpu":
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        data.write_json(args.out, found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    data.run_command("bench.py", main)

@@ -1,0 +1,494 @@
+"""Tables, charts and pages from the records in results/. No figure on a page is typed by hand.
+
+    python results/report.py                                                       every page again, byte for byte
+    python results/report.py score   --profiles DIR --data DIR --out results/NAME  IDs against the planted groups
+    python results/report.py meaning --profiles DIR --data DIR --out results/NAME  what IDs tell of known attributes
+    python results/report.py summary --results results/demo --profiles DIR --seconds FILE    the demo's summary.json
+
+Records: NAME/{runs.jsonl, meta.json} of ctr.py run, NAME/{score, data, guide, meaning, summary}.json of this program,
+NAME/cards.md of codebook.py cards, bench/*.json of bench.py. NAME is a data set, or DATASET-PROTOCOL-LABEL; behind it
+may stand -without-PART (an ablation) or -codes-K (another codebook size). Pages: README.md here, NAME/table.md, and the
+blocks <!-- SECTION --> … <!-- /SECTION --> of the README at the top.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+from codebook import perplexity, read_profiles, rows_by_id
+from ctr import (KNOWN, by_fold, difference, folder_tables, known_table, markdown, metric_mean, overall_table,
+                 read_runs, signed)
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------- what IDs are: score and meaning
+
+def ari(a, b) -> float:
+    """Adjusted Rand index of two labellings [N] (Hubert & Arabie 1985): 1 = same, 0 = chance; nan for N = 0."""
+    a, b = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (a, b))
+    if len(a) != len(b):
+        raise ValueError(f"two labellings of {len(a)} and {len(b)} rows")
+    if not len(a):
+        return math.nan
+    pairs = lambda counts: float((counts * (counts - 1.0) / 2).sum())
+    both = pairs(np.unique(a * (b.max() + 1) + b, return_counts=True)[1])
+    rows, columns, everything = pairs(np.bincount(a)), pairs(np.bincount(b)), pairs(np.array([len(a)]))
+    expected = rows * columns / everything if everything else 0.0
+    span = (rows + columns) / 2 - expected
+    return (both - expected) / span if span else 1.0
+
+
+def mutual_information(codes: np.ndarray, classes: np.ndarray) -> float:
+    """Mutual information of two labellings [N] ≥ 0, in bits. Biased upwards by chance: compare with shuffled codes."""
+    both = np.zeros((codes.max() + 1, classes.max() + 1))
+    np.add.at(both, (codes, classes), 1 / len(codes))
+    seen = both > 0
+    return float((both[seen] * np.log2(both[seen] / (both.sum(1, keepdims=True) * both.sum(0))[seen])).sum())
+
+
+def heldout_accuracy(codes: np.ndarray, classes: np.ndarray, folds: int = 10) -> float:
+    """Accuracy of guessing a user's class [N] as the most frequent one of the user's code in the other folds.
+
+    A user's fold is its place modulo `folds`; a code that the other folds lack is guessed as their most frequent class.
+    """
+    right = 0
+    for fold in range(folds):
+        held = np.arange(len(codes)) % folds == fold
+        counts = np.zeros((codes.max() + 1, classes.max() + 1))
+        np.add.at(counts, (codes[~held], classes[~held]), 1)
+        counts[counts.sum(1) == 0] = counts.sum(0)
+        right += int((counts.argmax(1)[codes[held]] == classes[held]).sum())
+    return right / len(codes)
+
+
+def read_both(args):
+    """Profiles, data set, and the row of each of the data set's users in the profiles (−1: absent)."""
+    profiles, source = read_profiles(args.profiles), data.read_data(args.data)
+    row = rows_by_id(source.users, profiles.users)
+    if not (row >= 0).any():
+        raise ValueError(f"{args.profiles} and {args.data} have no user in common")
+    return profiles, source, row
+
+
+def command_score(args) -> None:
+    """score.json: IDs against the groups that made the data (adjusted Rand index); data.json: counts of the data."""
+    (profiles, source, row), truth, out = read_both(args), data.read_truth(args.data) or {}, Path(args.out)
+    rows = np.bincount(source.user[source.part == 0], minlength=len(row))                    # training rows of a user
+    groups = {"dense": (row >= 0) & (rows >= 6), "sparse": (row >= 0) & (rows < 6)}
+    planted = [name for name in profiles.names if name in truth]
+
+    def table(users: np.ndarray) -> dict:
+        scores = {}
+        for name in planted if users.any() else []:
+            ids = profiles.ids[row[users], profiles.names.index(name)]
+            each = {other: ari(ids, truth[other][users]) for other in planted}
+            own = each.pop(name)
+            scores[name] = {"own": round(own, 6), "other": round(max(map(abs, each.values()), default=0.0), 6)}
+        return scores
+
+    columns = [(name, profiles.ids[:, p], profiles.probability[:, p]) for p, name in enumerate(profiles.names)]
+    found = {"lm": profiles.meta.get("lm"), "ari": table(groups["dense"]), "ari_sparse": table(groups["sparse"]),
+             "perplexity": {name: round(perplexity(ids[ids >= 0].astype(np.int64), len(profiles.books[p].pi)), 6)
+                            for p, (name, ids, _) in enumerate(columns)},
+             "users": {name: int(group.sum()) for name, group in groups.items()},
+             "unsure": {name: round(float((sure[ids >= 0] < 0.5).mean()), 6) for name, ids, sure in columns}}
+    out.mkdir(parents=True, exist_ok=True)
+    data.write_json(out / "score.json", found)
+    data.write_json(out / "data.json", {key: source.meta[key] for key in ("name", "seed", "kinds", "parts")})
+    guide = {name: entry["guide"] for name, entry in profiles.meta.get("trace", {}).items() if "guide" in entry}
+    if guide:
+        data.write_json(out / "guide.json", guide)
+    print(json.dumps(found, ensure_ascii=False))
+
+
+def command_meaning(args) -> None:
+    """meaning.json: what IDs tell of known attributes, in bits and held-out accuracy, beside shuffled IDs."""
+    (profiles, _, row), truth, rng = read_both(args), data.read_truth(args.data), np.random.default_rng(0)
+    if truth is None:
+        raise ValueError(f"{args.data} has no truth.npz: nothing is known of its users")
+    order, told = rng.permutation(np.flatnonzero(row >= 0)), []        # folds must not follow the users' order
+    for attribute in sorted(set(truth) - {"users", "n_train"}):
+        classes = np.unique(truth[attribute][order], return_inverse=True)[1]
+        for p, name in enumerate(profiles.names):
+            codes = profiles.ids[row[order], p].astype(np.int64) + 1   # 0: no evidence
+            bits = mutual_information(codes, classes)
+            dealt = [rng.permutation(codes) for _ in range(args.shuffles)]
+            chance = [mutual_information(one, classes) for one in dealt]
+            luck = [heldout_accuracy(one, classes) for one in dealt]
+            told.append({"profile": name, "attribute": attribute, "classes": int(classes.max()) + 1, "bits": bits,
+                         "bits_shuffled": float(np.mean(chance)),
+                         "p": (1 + int(np.greater_equal(chance, bits).sum())) / (1 + args.shuffles),
+                         "accuracy": heldout_accuracy(codes, classes), "accuracy_shuffled": float(np.mean(luck)),
+                         "accuracy_majority": heldout_accuracy(0 * codes, classes)})
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    data.write_json(Path(args.out, "meaning.json"),
+                    {"lm": profiles.meta.get("lm"), "users": len(order), "shuffles": args.shuffles, "meaning": told})
+    print(json.dumps(told, ensure_ascii=False))
+
+
+def command_summary(args) -> None:
+    """summary.json of a results folder: ARI, log-likelihood of the EM, AUC per seed, seconds per stage."""
+    folder = Path(args.results)
+    score, runs = data.read_json(folder / "score.json", "ari"), read_runs(folder)
+    trace = read_profiles(args.profiles).meta.get("trace", {})
+    history = {name: entry.get("F") or entry.get("log_likelihood") or [] for name, entry in trace.items()}
+    length = max(map(len, history.values()), default=0)
+    total = [sum(one[min(i, len(one) - 1)] for one in history.values() if one) for i in range(length)]
+    scores = {}
+    for model, features in dict.fromkeys((run["model"], run["features"]) for run in runs):
+        folds = by_fold(runs, lambda run: run["auc"], model, features).values()
+        seeds = sorted(set.intersection(*map(set, folds)))
+        scores.setdefault(model, {})[features] = [
+            round(float(np.mean([fold[seed] for fold in folds])), 6) for seed in seeds]
+    data.write_json(folder / "summary.json", {
+        **{key: score[key] for key in ("lm", "ari", "ari_sparse", "perplexity", "users", "unsure")}, "F": total,
+        "F_by_profile": history, "auc": scores, "seconds": data.read_json(args.seconds)})
+
+
+# --------------------------------------------------------------------------------------------- tables and charts
+
+class Record:
+    """A results folder: its name taken apart, its runs, and its JSON files (an empty object where there is none)."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name, self.runs = folder, folder.name, read_runs(folder)
+        parts = re.fullmatch(r"(.*?)(?:-without-(.+)|-codes-(\d+))?", folder.name)
+        self.base, self.without, self.codes = parts.groups()
+        self.whole, self.meta = self.base == self.name, self.read("meta") if self.runs else {}
+        self.models = list(dict.fromkeys(run["model"] for run in self.runs))
+        self.model = "deepfm" if "deepfm" in self.models else next(iter(self.models), None)
+
+    def read(self, name: str) -> dict:
+        path = self.folder / f"{name}.json"
+        return data.read_json(path) if path.exists() else {}
+
+    def gap(self, a: str, b: str, metric: str = "auc", model: str | None = None):
+        return difference(self.runs, lambda run: run[metric], model or self.model, a, b)
+
+    def mean(self, features: str, metric: str = "auc", model: str | None = None) -> float | None:
+        return metric_mean(self.runs, lambda run: run[metric], model or self.model, features)
+
+    def heading(self) -> str:
+        return "\n**{}** ({dataset}, protocol {protocol}, label {label})\n\n".format(self.name, **self.meta)
+
+
+SHOPS = ("demo", "demo-1", "demo-2", "null")                           # planted shops, in the order of the pages
+
+
+def read_records(root: Path) -> list[Record]:
+    """All results folders: planted shops first, then by name; a data set before its ablations and codebook sizes."""
+    records = [Record(path) for path in root.iterdir() if path.is_dir() and path.name not in ("bench", "faults")]
+    place = lambda base: SHOPS.index(base) if base in SHOPS else len(SHOPS)
+    return sorted(records, key=lambda one: (place(one.base), one.base, not one.whole, int(one.codes or 0), one.name))
+
+
+def chart(title: str, names: list, *series: list, kind: str = "bar") -> str:
+    """A Mermaid chart, whose axis does not start at 0; kind: bar or line. Empty for fewer than two points or a gap."""
+    values = [value for one in series for value in one]
+    if len(names) < 2 or None in values:
+        return ""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 0.01
+    lines = "\n".join(f"    {kind} [{', '.join(f'{value:.4f}' for value in one)}]" for one in series)
+    axis = ", ".join(f'"{name}"' for name in names)
+    return (f'\n```mermaid\nxychart-beta\n    title "{title}"\n    x-axis [{axis}]\n'
+            f'    y-axis {low - room:.4f} --> {high + room:.4f}\n{lines}\n```\n')
+
+
+def count_sides(gaps: list) -> str:
+    """'above 0 in 2 and below 0 in 1 of 4 cases', by whole 95 % intervals; only differences that were run count."""
+    gaps = [gap for gap in gaps if gap is not None]
+    above, below = sum(mean - half > 0 for mean, half, _ in gaps), sum(mean + half < 0 for mean, half, _ in gaps)
+    return f"above 0 in {above} and below 0 in {below} of {len(gaps)} cases"
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table, its head parted by bars; nothing without rows."""
+    return markdown(head.split("|"), rows) if rows else ""
+
+
+def number(value, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form)
+
+
+# Each section: (records, root) → Markdown, empty where nothing was recorded. Two sentences, then tables and charts.
+
+def section_data(records: list[Record], _) -> str:
+    sets = {json.dumps(one.read("data")): one for one in reversed(records) if one.read("data")}
+    found = [(one.base, json.loads(text)) for text, one in reversed(sets.items())]
+    count = "users items rows positives".split()
+    rows = [[f"{base} ({one['name']})", part, *(f"{each[key]:,}" for key in count), f"{sum(one['kinds'].values()):,}"]
+            for base, one in found for part, each in one["parts"].items()]
+    whole = [one["parts"]["all"] for _, one in found]
+    users, share = sorted(one["users"] for one in whole), sorted(one["positives"] / one["rows"] for one in whole)
+    return found and (f"The number of users is {users[0]:,} in the smallest data set and {users[-1]:,} in the largest. "
+                      f"Positives (ratings above 3) are from {share[0]:.1%} to {share[-1]:.1%} of a set's rows.\n\n"
+                      + table("data set|part|users|items|rows|positives|distinct texts", rows))
+
+
+def section_overall(records: list[Record], _, label: str = "liked") -> str:
+    text, mine = "", [one for one in records if one.whole and one.runs and one.meta["label"] == label]
+    against = lambda other: count_sides([one.gap("userip", other, model=model) for one in mine for model in one.models])
+    for one in mine:
+        names = list(dict.fromkeys(run["features"] for run in one.runs if run["model"] == one.model))
+        text += one.heading() + overall_table(one.runs, one.meta)
+        text += chart(f"{one.name}: mean AUC of {one.model}", names, [one.mean(name) for name in names])
+    return text and ("Each case is a data set with a model. The 95 % interval of the AUC of userip − none lies "
+                     f"{against('none')}; that of userip − stats lies {against('stats')}, and that of userip − gap "
+                     f"{against('gap')}.\n" + text)
+
+
+def section_chosen(records: list[Record], root: Path) -> str:
+    return section_overall(records, root, "chosen")
+
+
+def compare_variants(records: list[Record], column: str, name) -> tuple[str, list, str]:
+    """Table of each data set and its variants, those where name(record); differences between them; charts."""
+    rows, gaps, charts = [], [], ""
+    for whole in records:
+        parts = [one for one in records if one.base == whole.name and name(one)] if whole.whole else []
+        for one in [whole, *parts] if parts else []:
+            pair = (("whole", whole), ("variant", one))[:1 + (one is not whole)]
+            runs = [{**run, "features": side} for side, owner in pair for run in owner.runs
+                    if run["features"] == "userip"]
+            found = [difference(runs, lambda run: run[metric], whole.model, "variant", "whole")
+                     for metric in ("auc", "logloss")]
+            gaps += found[:1]
+            means = [number(one.mean("userip", metric, whole.model)) for metric in ("auc", "logloss")]
+            scores = one.read("score").get("ari", {}).items()
+            own = ", ".join(f"{profile} {score['own']:.3f}" for profile, score in scores)
+            rows.append([whole.name, name(one) or "the whole method", *means, *map(signed, found), own])
+        values = [one.mean("userip", "auc", whole.model) for one in parts]
+        charts += chart(f"{whole.name}: AUC of userip", [name(one) for one in parts], values)
+    return table(f"data set|{column}|AUC|logloss|AUC − whole|logloss − whole|ARI own", rows), gaps, charts
+
+
+def section_ablation(records: list[Record], _) -> str:
+    text, gaps, charts = compare_variants(records, "method", lambda one: one.without and f"without {one.without}")
+    return text and ("All rows have the feature userip and the same model; differences are paired per fold and seed. "
+                     "The AUC without a part, less that of the whole method, has an interval "
+                     f"{count_sides(gaps)}.\n\n{text}{charts}")
+
+
+def section_transfer(records: list[Record], _) -> str:
+    pairs = [(one, model) for one in records if one.whole and len(one.models) > 1 for model in one.models]
+    gain = lambda one, model, metric="auc": one.gap("userip", "none", metric, model)
+    rows = [[one.name, model, *(number(one.mean(name, model=model)) for name in ("none", "userip")),
+             signed(gain(one, model)), signed(gain(one, model, "logloss")),
+             signed(one.gap("stats+gap+userip", "stats+gap", "auc", model))] for one, model in pairs]
+    return rows and ("All models read the same IDs, which were made without them. The AUC of userip − none has an "
+                     f"interval {count_sides([gain(*pair) for pair in pairs])}.\n\n"
+                     + table("data set|model|none|userip|AUC, userip − none|logloss, userip − none|"
+                             "AUC, stats+gap+userip − stats+gap", rows))
+
+
+def section_codes(records: list[Record], _) -> str:
+    text, gaps, charts = compare_variants(records, "codes", lambda one: one.codes)
+    guides = [[one.name, profile, *(number(guide.get(str(k)), ".3f") for k in (2, 4, 8, 16, 32))]
+              for one in records for profile, guide in one.read("guide").items()]
+    guide = table("held-out share of variance that the codes explain|profile|2 codes|4|8|16|32", guides)
+    return (text or guide) and (
+        "All rows have the same text table; only the number of codes differs. The AUC with other codes, less that of "
+        f"the first row, has an interval {count_sides(gaps)}.\n\n{text}{charts}\n{guide}")
+
+
+def section_known(records: list[Record], _) -> str:
+    text, ends = "", ([], [])
+    for one in records:
+        if one.whole and any("known" in run for run in one.runs):
+            at = lambda least: lambda run: run["known"].get(str(least), {}).get("auc")
+            there = [n for n in KNOWN if metric_mean(one.runs, at(n), one.model, "userip") is not None]
+            lines = [[metric_mean(one.runs, at(n), one.model, name) for n in there] for name in ("none", "userip")]
+            text += one.heading() + known_table(one.runs, one.model)
+            text += chart(f"{one.name}: AUC by rows known, none (first line) and userip", there, *lines, kind="line")
+            for gaps, n in zip(ends, there[:1] + there[-1:]):
+                gaps.append(difference(one.runs, at(n), one.model, "userip", "none"))
+    return text and ("All users are new to the model, and each row sees its user's earlier rows only. The AUC of "
+                     f"userip − none has an interval {count_sides(ends[0])} with the fewest rows known, and "
+                     f"{count_sides(ends[1])} with the most.\n" + text)
+
+
+def section_meaning(records: list[Record], _) -> str:
+    told = [(one.name, found) for one in records for found in one.read("meaning").get("meaning", [])]
+    rows = [[name, found["profile"], f"{found['attribute']} ({found['classes']} classes)",
+             *(f"{found[key]:.3f}" for key in ("bits", "bits_shuffled", "p")),
+             *(f"{found[key]:.1%}" for key in ("accuracy", "accuracy_shuffled", "accuracy_majority"))]
+            for name, found in told]
+    sure = sum(found["p"] < 0.05 for _, found in told)
+    ahead = sum(found["accuracy"] > found["accuracy_majority"] for _, found in told)
+    text = rows and (
+        f"In {sure} of {len(rows)} rows, IDs share more bits with the attribute than 95 % of shuffled IDs do. In "
+        f"{ahead}, they tell a held-out user's class more often than the most frequent class is right.\n\n"
+        + table("data set|profile|attribute|bits|bits, shuffled|p|held-out accuracy|shuffled|majority", rows))
+    cards = [(one.name, one.folder / "cards.md") for one in records if one.whole and (one.folder / "cards.md").exists()]
+    shown = [f"\n**{name}: cards**\n\n{path.read_text(encoding='utf-8').strip()}\n" for name, path in cards]
+    return (text or "") + "".join(shown)
+
+
+# A row per figure: file of bench/, keys on the way to it (in each case of the list named as the file, if there is one),
+# what it is, format, aim, and whether the README shows it.
+FIGURES = (
+    ("em", "of_limit", "text table: share of the LLM's own speed", ".2f", "≥ 0.85", 1),
+    ("em", "vs_naive", "text table: times as fast as the naive way in fp32", ".1f", "≥ 3", 1),
+    ("em", "vs_naive_same_dtype", "text table: … in equal dtype", ".1f", "", 0),
+    ("em", "tokens_per_s", "text table: tokens per second", ",.0f", "", 1),
+    ("em", "ms_per_text", "text table: ms for a distinct text, the LLM at request time", ".1f", "", 0),
+    ("scale", "users_per_s", "{users:,} users: users per second behind the table", ",.0f", "≥ 50,000", 1),
+    ("scale", "seconds/text table", "{users:,} users, {texts:,} texts: seconds for the table", ".1f", "flat", 0),
+    ("scale", "peak_mb", "{users:,} users: peak memory, MB, with {arrays_mb:,.0f} of arrays", ",.0f", "", 0),
+    ("scale", "update_us", "{users:,} users: µs for a live update of one ID", ",.0f", "", 0),
+    ("kmeans", "ratio/sklearn", "k-means, {n:,} × {d}, K = {k}: scikit-learn / ours", ".2f", "≥ 1", 0),
+    ("kmeans", "ratio/faiss", "k-means, {n:,} × {d}, K = {k}: faiss / ours", ".2f", "≥ 1", 0),
+    ("bank", "bytes_per_user", "bank, {users:,} users: bytes per user", ".1f", "≤ 16", 1),
+    ("bank", "open_ms", "bank, {users:,} users: ms to open", ".1f", "< 50", 0),
+    ("bank", "lookups_per_s", "bank, {users:,} users: lookups per second", ",.0f", "≥ 2,000,000", 1),
+    ("bank", "list_lookups_per_s", "bank: lookups per second, Python lists of ids", ",.0f", "", 0),
+    ("bank", "vs_sqlite", "bank, {users:,} users: SQLite / ours", ".1f", "≥ 20", 0),
+    ("bank", "single_p99_us", "bank, {users:,} users: µs for one look-up (99 %)", ".1f", "< 50", 1),
+    ("ctr", "rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", "", 1),
+    ("ctr", "vs_deepctr", "DeepFM, {rows:,} rows: DeepCTR-Torch / ours", ".1f", "≥ 5", 0),
+    ("data", "rows_per_s", "reviews, {rows:,} lines: lines per CPU second", ",.0f", "", 1),
+    ("data", "of_json", "reviews, {rows:,} lines: share of json.loads' speed", ".2f", "≥ 0.6", 0),
+    ("gpu", "of_limit", "{part}: share of the LLM's own speed", ".2f", "≥ 0.85", 1),
+    ("gpu", "vs_naive_same_dtype", "{part}: times as fast as the naive way", ".1f", "≥ 3", 0),
+    ("gpu", "tokens_per_s", "{part}: tokens per second", ",.0f", "", 0))
+
+
+def figures(bench: Path, brief: bool = False) -> list[list[str]]:
+    """[what, figure, aim, machine] for each figure found in bench/FILE.json and its variants, FILE_x.json."""
+    rows = []
+    for file, keys, what, form, aim, shown in FIGURES:
+        for path in sorted([*bench.glob(f"{file}.json"), *bench.glob(f"{file}_*.json")]) if shown or not brief else []:
+            found = data.read_json(path)
+            about = found.get("machine", {})
+            place = about.get("gpu") or f"{about.get('processor', '')}, {about.get('threads', 1)} thread(s)"
+            for value in found[file] if isinstance(found.get(file), list) else [found]:
+                label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
+                for key in keys.split("/"):
+                    value = value.get(key) if isinstance(value, dict) else None
+                rows += [[label, format(value, form), aim, place]] if isinstance(value, (int, float)) else []
+    return rows
+
+
+def section_cost(records: list[Record], root: Path) -> str:
+    rows, em = figures(root / "bench"), root / "bench/em.json"
+    guesses = data.read_json(em).get("estimates", {}).items() if em.exists() else []
+    stages = [[one.name, stage, f"{taken:,.1f}"] for one in records
+              for stage, taken in one.read("summary").get("seconds", {}).items()]
+    return (rows or stages) and (
+        f"These are {len(rows)} figures, each measured on the machine that its row names. The LLM reads each distinct "
+        "text once, so its time does not grow with the number of users.\n\n"
+        + table("what|figure|aim|machine", rows) + "\n"
+        + table("minutes of the LLM, on the machine above|items|*estimate*",
+                [[name, f"{one['items']:,}", f"{one['minutes']:,.0f}"] for name, one in guesses]) + "\n"
+        + table("data set|stage|seconds", stages))
+
+
+def block_speed(_, root: Path) -> str:
+    return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:10])
+
+
+PAIRS = (*(("userip", other) for other in ("none", "random", "shuffled", "stats", "gap", "untuned", "reversed")),
+         ("stats+gap+userip", "stats+gap"))
+
+
+def block_findings(records: list[Record], _) -> str:
+    mine = [one for one in records if one.whole and one.runs and one.name not in SHOPS[1:]][:10]
+    gaps = [[one.gap(*pair) for pair in PAIRS] for one in mine]
+    count = [f"{a} − {b} is {count_sides(column)}" for (a, b), column in zip(PAIRS, zip(*gaps))]
+    gains = [(one.name, row[0][0]) for one, row in zip(mine, gaps) if row[0]]
+    return mine and (
+        "Differences in AUC between two feature sets of one model, with 95 % intervals: over folds of users for `new`, "
+        f"over seeds for `warm`. {count[0]}; {count[3]}; {count[4]}; {count[7]}.\n\n"
+        + table("|".join(["data set, protocol, label", *(f"{a} − {b}" for a, b in PAIRS)]),
+                [[one.name, *map(signed, row)] for one, row in zip(mine, gaps)])
+        + chart("AUC of userip − none", [name for name, _ in gains], [gain for _, gain in gains]))
+
+
+def block_demo(records: list[Record], _) -> str:
+    text, shops = "", {one.name: one for one in records if one.name in SHOPS}
+    found = {name: one.read("score").get("ari", {}).values() for name, one in shops.items()}
+    planted = [score for name in SHOPS[:3] for score in found.get(name, [])]
+    null = [abs(score["own"]) for score in found.get("null", [])]
+    if planted:
+        text = ("For users with 6 or more training rows, the adjusted Rand index of IDs and planted groups is at least "
+                f"{min(score['own'] for score in planted):.3f} with the own profile and at most "
+                f"{max(score['other'] for score in planted):.3f} with the other. ")
+    if null:
+        text += f"In the shop without groups, its size is at most {max(null):.3f}. "
+    if "demo" in shops and shops["demo"].runs:
+        one = shops["demo"]
+        kept = list(dict.fromkeys(run["features"] for run in one.runs))[:10]
+        runs = [run for run in one.runs if run["model"] == one.model and run["features"] in kept]
+        text += f"The AUC of userip − none is {signed(one.gap('userip', 'none'))}.\n\n" + overall_table(runs, one.meta)
+    return text
+
+
+SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
+            "ablation": ("Ablation", section_ablation), "transfer": ("Transfer to other backbones", section_transfer),
+            "codes": ("Codebook size", section_codes), "known": ("Rows known of a user", section_known),
+            "chosen": ("Overall, label chosen", section_chosen), "cost": ("Cost", section_cost),
+            "meaning": ("What IDs mean", section_meaning)}
+BLOCKS = {"demo": block_demo, "findings": block_findings, "speed": block_speed}
+
+
+def folder_page(one: Record) -> str:
+    """results/NAME/table.md: all tables of one folder."""
+    score = one.read("score")
+    which = (("ari", "own"), ("ari", "other"), ("ari_sparse", "own"))
+    rows = [[name, *(number(score[key].get(name, {}).get(side), ".3f") for key, side in which), f"{used:.2f}",
+             f"{score['unsure'][name]:.1%}"] for name, used in score.get("perplexity", {}).items()]
+    return (folder_tables(one.folder) + "\n" if one.runs else "") + table(
+        "profile|ARI own|ARI other|ARI own, sparse users|perplexity|users under 50 % sure", rows)
+
+
+def command_pages(args) -> None:
+    """Every page from the records."""
+    root, readme = Path(args.results), Path(args.readme)
+    records = read_records(root)
+    made = {name: section(records, root) or "" for name, (_, section) in SECTIONS.items()}
+    titles = [name for name in SECTIONS if made[name]]
+    page = ("# Results\n\nAll tables, made by `python results/report.py` from the records beside this page. AUC and "
+            "logloss are\nmeans over seeds, then over folds. Cells that were not run stay blank.\n")
+    page += "".join(f"\n## {place}. {SECTIONS[name][0]}\n\n{made[name]}" for place, name in enumerate(titles, 1))
+    data.write_text(root / "README.md", page)
+    for one in records:
+        if folder_page(one):
+            data.write_text(one.folder / "table.md", folder_page(one))
+    made |= {name: block(records, root) or "" for name, block in BLOCKS.items()}
+    if readme.exists():
+        old = readme.read_text(encoding="utf-8")
+        fill = lambda match: match[1] + made.get(match[2], match[3]) + match[4]
+        new = re.sub(r"(<!-- (\w+) -->\n)(.*?)(<!-- /\2 -->)", fill, old, flags=re.S)
+        if new != old:
+            data.write_text(readme, new)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.set_defaults(run=command_pages)
+    parser.add_argument("--results", default=str(ROOT), help="folder of records [where this file is]")
+    parser.add_argument("--readme", default=str(ROOT.parent / "README.md"), help="page with blocks to fill")
+    commands, folders = parser.add_subparsers(metavar="COMMAND"), ("profiles", "data", "out")
+    for name, run, flags in (("score", command_score, folders), ("meaning", command_meaning, folders),
+                             ("summary", command_summary, ("results", "profiles", "seconds"))):
+        sub = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        for flag in flags:
+            sub.add_argument(f"--{flag}", required=True, help="JSON {stage: s}" if flag == "seconds" else "folder")
+    commands.choices["meaning"].add_argument("--shuffles", type=data.positive_int, default=200, help="times [200]")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    data.run_command("report.py", main)
