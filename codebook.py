@@ -295,14 +295,14 @@ def split_halves(user: Tensor, item: Tensor) -> Tensor:
     return half[pair]
 
 
-def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, most: int = 16, nulls: int = 10):
+def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, most: int = 16):
     """Directions in which two halves of a user's evidence agree more than chance (ours).
 
     a, b: [N, D] Σ of a user's values in each half; n_a, n_b: [N] Σ of weights, > 0. What the halves share across users
     is the user, the rest is noise: C_signal = sym cov(ā, b̄), C_noise = cov(ā − b̄) per unit of weight. Directions are
     the generalised eigenvectors of (C_signal, C_noise / n + ε) at the median user's n. As many are kept as have a
-    larger eigenvalue than any of `nulls` trials in which B is another user's (parallel analysis, Horn 1965), 1 to
-    `most`.
+    larger eigenvalue than any of ten trials (three from 4,096 users on) in which B is another user's (parallel
+    analysis, Horn 1965), 1 to `most`.
     → directions [D, q] fp64, eigenvalues [min(D, 32)], the largest eigenvalue by chance.
     """
     n_a, n_b = n_a.double(), n_b.double()                              # products over users in fp32, the rest in fp64
@@ -323,7 +323,7 @@ def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, most: int = 
         return (product + product.T) / 2
 
     generator, chance = torch.Generator().manual_seed(0), 0.0
-    for _ in range(nulls):
+    for _ in range(10 if len(a) < 4096 else 3):
         shift = int(torch.randint(1, max(2, len(a)), (), generator=generator))
         chance = max(chance, float(torch.linalg.eigvalsh(signal(b.roll(shift, 0)))[-1]))
     eigenvalues, vectors = torch.linalg.eigh(signal(b))
@@ -407,8 +407,8 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
     number of users with evidence. directions: at most so many. most_users: directions are found on the first so many
-    users with two halves (rows of users must come in no meaningful order). without: "signal" (principal components
-    instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
+    users with two halves, and codes on four times as many (users must come in no meaningful order). without: "signal"
+    (principal components instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
     indptr, text, value, weight = evidence
@@ -444,7 +444,8 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         prior, history = torch.full_like(noise, math.inf), []
     blank = torch.zeros(0, dtype=torch.float64)
     book = Codebook(mean, v, noise, prior, blank, blank, blank, eigenvalues, chance, history)
-    return fit_codes(book, z[known], n[known], min(k, int(known.sum())), seed, without), z, n
+    some, k = known.nonzero().flatten()[:4 * most_users], min(k, int(known.sum()))
+    return fit_codes(book, z[some], n[some], k, seed, without), z, n
 
 
 def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
@@ -791,7 +792,7 @@ MEASUREMENT = {"tuning": "hidden", "causality": "reversed", "llm": "bag"}    # a
 
 
 def profile_evidence(source, table: dict, indptr: np.ndarray, text: np.ndarray, p: int, without: str) -> Evidence:
-    """What the rows tell of profile p: gradients of the text table, or what the ablation `without` puts in their place."""
+    """What the rows tell of profile p: gradients of the text table, or what the ablation `without` has instead."""
     profile = list(source.layout["profiles"])[p]
     views = torch.tensor([without == "views" or profile in source.layout["kinds"][kind]["view"]
                           for kind, _ in source.texts])

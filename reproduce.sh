@@ -201,7 +201,7 @@ real() {
     "$Q results/report.py meaning --profiles $d/profiles --data $d/data --out $r"
   for label in liked chosen; do
     for protocol in new warm; do
-      case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac      # intervals of new are over five folds, of warm over seeds
+      case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac      # intervals of new are over folds, of warm over seeds
       stage "$protocol-$label" "ctr.py codebook.py" profiles "$r-$protocol-$label/runs.jsonl" \
         "$Q ctr.py run --data $d/data --profiles $d/profiles --protocol $protocol --label $label --features $features \
          --seeds ${SEEDS:-$seeds} $CLICK --device $DEVICE --out $r-$protocol-$label \$FRESH"

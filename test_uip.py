@@ -403,7 +403,7 @@ def test_planted_command_same_seed_same_bytes(tmp_path, capsys):
     assert ((0 <= rows.x) & (rows.x < rows.sizes)).all() and rows.fields[1:] == ["item", "category", "brand", "price"]
     assert len(rows.verdicts) == 0 and (np.diff(rows.indptr) == 3).all()
     assert rows.meta["code_sha256"] == hashlib.sha256(Path(data.__file__).read_bytes()).hexdigest()
-    data.write_data(tmp_path / "c", "tiny", tiny_dataset()._replace(truth={}), SHOP_LAYOUT)     # over it: no truth of before is left
+    data.write_data(tmp_path / "c", "tiny", tiny_dataset()._replace(truth={}), SHOP_LAYOUT)    # over it: no old truth is left
     assert data.read_truth(tmp_path / "c") is None and not (tmp_path / "c/truth.npz").exists()
 
 
@@ -3695,7 +3695,8 @@ def test_a_row_sees_neither_itself_nor_what_comes_later(shop_folder, monkeypatch
 # ------------------------------------------------------------------------------------------------ runs and tables
 
 def run_words(shop_folder, out, *more, models="lr", features="none,userip", profiles=True):
-    return ["run", "--data", shop_folder[0], *(["--profiles", shop_folder[1]] if profiles else []), "--out", out, "--models", models,
+    profiles = ["--profiles", shop_folder[1]] if profiles else []
+    return ["run", "--data", shop_folder[0], *profiles, "--out", out, "--models", models,
             "--features", features,
             "--seeds", "2", "--epochs", "1", "--dim", "4", "--device", "cpu", *more]
 
