@@ -433,12 +433,17 @@ def block_demo(records: list[Record], _) -> str:
     return text
 
 
+def block_seconds(records: list[Record], _) -> str:
+    took = next((one.read("summary").get("seconds", {}) for one in records if one.name == "demo"), {})
+    return took and table("|".join(["stage", *took]), [["seconds", *map(str, took.values())]])
+
+
 SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
             "ablation": ("Ablation", section_ablation), "transfer": ("Transfer to other backbones", section_transfer),
             "codes": ("Codebook size", section_codes), "known": ("Rows known of a user", section_known),
             "chosen": ("Overall, label chosen", section_chosen), "cost": ("Cost", section_cost),
             "meaning": ("What IDs mean", section_meaning)}
-BLOCKS = {"demo": block_demo, "findings": block_findings, "speed": block_speed}
+BLOCKS = {"demo": block_demo, "seconds": block_seconds, "findings": block_findings, "speed": block_speed}
 
 
 def folder_page(one: Record) -> str:
