@@ -403,7 +403,7 @@ def test_planted_command_same_seed_same_bytes(tmp_path, capsys):
     assert ((0 <= rows.x) & (rows.x < rows.sizes)).all() and rows.fields[1:] == ["item", "category", "brand", "price"]
     assert len(rows.verdicts) == 0 and (np.diff(rows.indptr) == 3).all()
     assert rows.meta["code_sha256"] == hashlib.sha256(Path(data.__file__).read_bytes()).hexdigest()
-    data.write_data(tmp_path / "c", "tiny", tiny_dataset()._replace(truth={}), SHOP_LAYOUT)    # over it: no old truth is left
+    data.write_data(tmp_path / "c", "tiny", tiny_dataset()._replace(truth={}), SHOP_LAYOUT)  # no old truth is left
     assert data.read_truth(tmp_path / "c") is None and not (tmp_path / "c/truth.npz").exists()
 
 
@@ -3927,11 +3927,12 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     touched = run()
     assert re.findall(r"\[demo/(\w+)\] (?!up to date)", touched.stdout) == ["ctr", "table"]
     shutil.rmtree(tmp_path / "runs" / "results")                       # lost outputs are made again
-    assert run().returncode == 0 and (results / "score.json").exists()
     weights = bytearray((lm / "model.safetensors").read_bytes())
-    weights[-1] ^= 1                                                   # a changed LLM is seen
+    weights[-1] ^= 1                                                   # and a changed LLM is seen
     (lm / "model.safetensors").write_bytes(weights)
-    assert "[demo/profiles] up to date" not in run().stdout
+    changed = run()
+    assert changed.returncode == 0 and (results / "score.json").exists()
+    assert "[demo/profiles] up to date" not in changed.stdout
     broken = run(LM="./nowhere")
     assert broken.returncode != 0 and "there is no such folder" in broken.stderr + broken.stdout
 
