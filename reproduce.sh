@@ -227,11 +227,12 @@ case ${1:-demo} in
     shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
     cat "$RESULTS/demo/table.md"
     if [ "$DEVICE" != cpu ] && "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-      echo "A CUDA device is here: next comes \`full\` ($SETS). Its times are in README.md."
+      echo "A CUDA device is here: next comes \`full\` ($SETS). Its times are in results/README.md, Cost."
       echo "Ctrl-C stops it, and the same command resumes."
       every_set
     else
-      echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon; times in README.md)."
+      echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon)."
+      echo "How long the LLM takes for Amazon on a CPU like ours: results/README.md, Cost."
     fi ;;
   small) real ml-100k ml-100k ;;
   full) every_set ;;
