@@ -3123,7 +3123,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tm
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", uip.__file__]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(USERS, marks=pytest.mark.slow)], ids=["table", "users"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], USERS], ids=["table", "users"])
 def test_two_processes_give_what_one_gives(fitted, tiny, planted_folder, tmp_path, more):
     """Each scores half of the parts; one of them speaks and writes."""
     one = fitted
@@ -3950,7 +3951,7 @@ def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(
     assert (readonly := reproduce(tmp_path)).returncode == 3 and "cannot write" in readonly.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, number):
     """With a python that hangs in the stage `data`.
 
