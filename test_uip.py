@@ -3951,7 +3951,8 @@ def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(
     assert (readonly := reproduce(tmp_path)).returncode == 3 and "cannot write" in readonly.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
+                                    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, number):
     """With a python that hangs in the stage `data`.
 
