@@ -381,7 +381,8 @@ def figures(bench: Path, brief: bool = False) -> list[list[str]]:
 def section_cost(records: list[Record], root: Path) -> str:
     rows, em = figures(root / "bench"), root / "bench/em.json"
     guesses = data.read_json(em).get("estimates", {}).items() if em.exists() else []
-    stages = [[one.name, stage, f"{taken:,.1f}"] for one in records if one.name == "demo"    # the others share a machine
+    demo = [one for one in records if one.name == "demo"]              # the others were timed on a busy machine
+    stages = [[one.name, stage, f"{taken:,.1f}"] for one in demo
               for stage, taken in one.read("summary").get("seconds", {}).items()]
     return (rows or stages) and (
         f"These are {len(rows)} figures, each measured on the machine that its row names. The LLM reads each distinct "
