@@ -580,6 +580,8 @@ def command_run(args) -> None:
                              "run `uip.py fit` on it")
         args.without = args.without or made["settings"]["without"]
         table, about = read_table(Path(args.profiles) / made["table"])
+        if "reversed" not in table and (args.without == "causality" or "reversed" in args.features):
+            raise data.CommandError(2, f"--features reversed needs a text table that has it: pass --reversed to uip.py fit")
         codes = args.codes or made["settings"]["codes"]
         identity = hashlib.sha256(json.dumps(about["identity"], sort_keys=True).encode()).hexdigest()
     if len(codes) != len(profiles):

@@ -1976,8 +1976,11 @@ class Words:
     def __init__(self):
         self.ids = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
 
-    def encode(self, text, add_special_tokens=False):
+    def encode(self, text):
         return [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
+
+    def __call__(self, texts, add_special_tokens=False):
+        return {"input_ids": list(map(self.encode, texts))}
 
 
 SPEC = {"profiles": {"hobby": "the hobby is", "background": "spending"},
@@ -2012,7 +2015,7 @@ def tiny_lm(kind="llama", dtype=torch.float32, attention="eager", seed=0):
 
 def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, **options):
     lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m)
-    rows = [uip.pack(text, layout) for text in texts]
+    rows = uip.pack(texts, layout)
     theta = torch.randn(len(texts), len(layout.names), m, 32, generator=torch.Generator().manual_seed(1))
     batch = uip.collate(rows, layout, uip.prefix(lm, layout) if cached else None, dtype=lm.dtype)
     return lm, layout, rows, batch, theta
@@ -2077,22 +2080,23 @@ def test_one_view_needs_no_mask_of_ours(kind):
 
 def test_pack_by_hand():
     layout = uip.Layout.build(SPEC, Words(), m=2)
-    row = uip.pack([("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")], layout)
+    other, row = uip.pack([[("price", "9")], [("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")]], layout)
+    assert len(other.ids) == 2
     words = ["user", "bought", "red", "rod", "paid", "red", "user", "wrote", "<eos>", "<pad>"]
-    assert row.ids.tolist() == [layout.tokenizer.ids[word] for word in words]
+    assert row.ids == [layout.tokenizer.ids[word] for word in words]
     assert layout.start == 6                                           # after BOS, "the hobby is" and two soft tokens
-    assert row.positions.tolist() == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
-    assert row.text.tolist() == [0] * 4 + [1] * 2 + [2] * 4
-    assert row.views.tolist() == [[True, False]] * 4 + [[False, True]] * 2 + [[True, True]] * 4
-    assert row.labels.tolist() == [False, False, True, True, False, True, False, False, True, True]
+    assert row.positions == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
+    assert row.text == [0] * 4 + [1] * 2 + [2] * 4
+    assert row.views == [(True, False)] * 4 + [(False, True)] * 2 + [(True, True)] * 4
+    assert row.labels == [False, False, True, True, False, True, False, False, True, True]
     with pytest.raises(ValueError, match="'colour', but the layout knows only"):
-        uip.pack([("colour", "red")], layout)
+        uip.pack([[("colour", "red")]], layout)
 
 
 def test_mask_by_hand():
     """Columns: BOS | the hobby is | spending | θ₁ θ₂ | user bought rod | paid 9."""
     layout = uip.Layout.build(SPEC, Words(), m=1)
-    batch = uip.collate([uip.pack([("title", "rod"), ("price", "9")], layout)], layout)
+    batch = uip.collate(uip.pack([[("title", "rod"), ("price", "9")]], layout), layout)
     sees = ["x...........",
             "xx..........", "xxx.........", "xxxx........",
             "x...x.......",
@@ -2118,7 +2122,7 @@ def test_padding_and_cache_change_nothing(kind, cached):
 
 def test_order_of_evidence_does_not_matter():
     lm, layout, _, batch, theta = case()
-    other = uip.collate([uip.pack(text[::-1], layout) for text in TEXTS], layout, uip.prefix(lm, layout))
+    other = uip.collate(uip.pack([text[::-1] for text in TEXTS], layout), layout, uip.prefix(lm, layout))
     assert uip.nll(lm, other, theta).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
 
 
@@ -2135,8 +2139,8 @@ def test_a_profile_cannot_touch_another(change):
     block = layout.fixed()[1].tolist()
     others = [i for i, b in enumerate(block) if b != 1]
     assert torch.equal(before[:, others], after[:, others])
-    prices = [len(block) + i for i, view in enumerate(rows[0].views.tolist()) if view == [False, True]]
-    titles = [len(block) + i for i, view in enumerate(rows[0].views.tolist()) if view == [True, False]]
+    prices = [len(block) + i for i, view in enumerate(rows[0].views) if view == (False, True)]
+    titles = [len(block) + i for i, view in enumerate(rows[0].views) if view == (True, False)]
     assert torch.equal(before[0, prices], after[0, prices])
     assert not torch.isclose(before[0, titles], after[0, titles]).all(-1).any()
 
@@ -2145,7 +2149,7 @@ def test_without_mask_or_views_the_profiles_do_touch():
     """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
     for without in ("mask", "views"):
         lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words(), m=2, without=without)
-        rows, theta = [uip.pack(TEXTS[0], layout)], torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
+        rows, theta = uip.pack(TEXTS[:1], layout), torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
         batches = [uip.collate(rows, layout, cache) for cache in (uip.prefix(lm, layout), None)]
         before = [uip.hidden(lm, batch, theta)[:, batch.slots.start:] for batch in batches]
         torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
@@ -2178,7 +2182,7 @@ def test_labels_are_value_tokens_even_where_they_equal_pad_or_bos():
     assert batch.row.tolist() == [0] + [1] * 6
     value = uip.nll(lm, batch, theta)
     assert (value > 0).all()
-    longer = uip.collate([*rows, uip.pack([("review", "so very bad")] * 4, layout)], layout)
+    longer = uip.collate([*rows, *uip.pack([[("review", "so very bad")] * 4], layout)], layout)
     assert uip.nll(lm, longer, torch.cat([theta, theta[:1]]))[:2].tolist() == pytest.approx(value.tolist(), rel=1e-5)
 
 
@@ -2227,9 +2231,9 @@ class Letters(PreTrainedTokenizer):
 def test_slow_tokenizers_and_those_without_bos():
     for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
         layout = uip.Layout.build(SPEC, tokenizer)
-        assert layout.bos == bos and layout.encode("9 9") == (32, 57, 32, 57)
+        assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[32, 57, 32, 57], [32, 57]]
         lm, texts = tiny_lm(), [[("title", "9"), ("title", "12")]]    # of the longer name, before all evidence
-        batch = uip.collate([uip.pack(texts[0], layout)], layout, uip.prefix(lm, layout))
+        batch = uip.collate(uip.pack(texts, layout), layout, uip.prefix(lm, layout))
         theta = torch.zeros(1, 2, 1, 32)
         want = float(uip.naive_nll(lm, layout, texts, theta))
         assert float(uip.nll(lm, batch, theta)) == pytest.approx(want, rel=1e-5)
@@ -2288,7 +2292,7 @@ def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec):
 def test_text_gradients_sum_in_the_ablations_too(without):
     lm, layout = tiny_lm(dtype=torch.float64), uip.Layout.build(SPEC, Words(), m=2, without=without)
     table = uip.score_texts(lm, layout, distinct(TEXTS))
-    batch = uip.collate([uip.pack(TEXTS[0], layout)], layout, dtype=lm.dtype)
+    batch = uip.collate(uip.pack(TEXTS[:1], layout), layout, dtype=lm.dtype)
     x = uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1).requires_grad_()
     uip.nll(lm, batch, x).sum().backward()
     assert_close(table.gradient[[distinct(TEXTS).index(text) for text in TEXTS[0]]].sum(0), x.grad[0].flatten(1))
@@ -2307,12 +2311,12 @@ def test_hidden_is_the_sum_of_the_value_tokens_states(kind):
 def test_reversed_states_are_those_of_a_plain_forward(kind):
     lm, layout, *_ = case(kind)
     texts = [("title", "red rod reel"), ("price", "9"), ("review", "good")]
-    table = uip.score_texts(lm, layout, texts)
+    table = uip.score_reversed(lm, layout, texts, budget=12)
     for i, (name, value) in enumerate(texts):
         for p in range(2):
             ids = [1, *layout.kinds[name][0], *layout.tokenizer.encode(value), *layout.names[p]]
             state = lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
-            assert_close(table.reversed[i, p], state * len(value.split()) * layout.kinds[name][1][p])
+            assert_close(table[i, p], state * len(value.split()) * layout.kinds[name][1][p])
 
 
 @pytest.mark.parametrize("spec", [SPEC, THREE], ids=["two", "three"])
@@ -2320,10 +2324,10 @@ def test_layout_only_gives_equal_values(spec):
     lm, layout, *_ = case(spec=spec)
     theta = torch.randn(len(layout.names), 2, 32, generator=torch.Generator().manual_seed(1))
     for name, (_, view, _) in layout.kinds.items():
-        part, row = layout.only(view), [(name, "red rod")]
+        part, row = layout.only(view), [[(name, "red rod")]]
         assert name in part.kinds and part.start == layout.start and len(part.names) == sum(view)
-        a = uip.nll(lm, uip.collate([uip.pack(row, layout)], layout), theta[None])
-        b = uip.nll(lm, uip.collate([uip.pack(row, part)], part), theta[None, list(view)])
+        a = uip.nll(lm, uip.collate(uip.pack(row, layout), layout), theta[None])
+        b = uip.nll(lm, uip.collate(uip.pack(row, part), part), theta[None, list(view)])
         assert float(a) == pytest.approx(float(b), rel=1e-5)
 
 
@@ -2396,13 +2400,13 @@ def test_a_text_beyond_the_context_is_refused_by_its_length_not_its_number():
     layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
     with pytest.raises(ValueError, match="needs 71 tokens with its prompt, but the LLM reads 64"):
         uip.score_texts(lm, layout, [("title", words)])
-    rows = [uip.pack([("title", word) for word in words.split()], layout)]
+    rows = uip.pack([[("title", word) for word in words.split()]], layout)
     theta = uip.shared_prompt(lm, 1).repeat(1, 2, 1, 1)
     uip.tune_users(lm, layout, rows, theta, steps=1)                   # many short texts fit
     fits = " ".join(words.split()[:57])
     assert uip.score_texts(lm, layout, [("title", fits)]).tokens.tolist() == [57]
     with pytest.raises(ValueError, match="the LLM reads 64"):
-        uip.tune_users(lm, layout, [uip.pack([("title", words)], layout)], theta)
+        uip.tune_users(lm, layout, uip.pack([[("title", words)]], layout), theta)
     with pytest.raises(ValueError, match="'colour', but the layout knows only"):
         uip.score_texts(lm, layout, [("colour", "red")])
 
@@ -2545,7 +2549,7 @@ def test_exact_m_step_has_the_gradient_of_the_weighted_likelihood(m):
     score, before = scorer(lm, layout, texts, 0), prompts.detach().clone()
     gradient = torch.stack([score(prompt)[1] for prompt in before])
     pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, indptr, text)
-    batch = uip.collate([uip.pack(user, layout) for user in users], layout, dtype=lm.dtype)
+    batch = uip.collate(uip.pack(users, layout), layout, dtype=lm.dtype)
     for k in range(2):
         x = before[k].clone().requires_grad_()
         theta = torch.stack([x.reshape(m, 32), uip.shared_prompt(lm, m)]).expand(6, -1, -1, -1)
@@ -2609,7 +2613,7 @@ def test_tuned_users_start_along_the_text_gradients_and_none_ends_worse(monkeypa
 def test_tuned_users_and_text_table_find_the_same_ids():
     *_, user, item, truth, users = planted_case(users=80)
     lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words())
-    rows, start = [uip.pack(texts, layout) for texts in users], uip.shared_prompt(lm, 1).repeat(80, 2, 1, 1)
+    rows, start = uip.pack(users, layout), uip.shared_prompt(lm, 1).repeat(80, 2, 1, 1)
     theta, _ = uip.tune_users(lm, layout, rows, start, steps=10, lr=0.03)
     for p, k in enumerate((4, 3)):
         *_, evidence, user, item, truth, _ = planted_case(users=80, p=p)

@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,21 +73,28 @@ class Layout:
             raise ValueError("the tokenizer has neither a BOS nor an EOS token to start a sequence with")
         try:
             profiles = tuple(spec["profiles"])
-            names = tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spec["profiles"].values())
+            names = tuple(map(tuple, tokenizer(list(spec["profiles"].values()), add_special_tokens=False)["input_ids"]))
             layout = cls(profiles, names, {}, bos, tokenizer, m, 1 + max(map(len, names)) + m, without != "mask")
-            for kind, how in spec["kinds"].items():
+            leads = layout.encode([how["lead"] for how in spec["kinds"].values()])
+            for (kind, how), lead in zip(spec["kinds"].items(), leads):
                 view = tuple(p in how["view"] or without == "views" for p in profiles)
-                layout.kinds[kind] = layout.encode(how["lead"]), view, how.get("cut", cut)
+                layout.kinds[kind] = tuple(lead), view, how.get("cut", cut)
                 if not (layout.kinds[kind][0] and how["view"] and set(how["view"]) <= set(profiles)):
                     raise ValueError(f"kind {kind!r} needs a lead, and a view of {', '.join(profiles)}; it has {how}")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a layout: {error!r}") from None
         return layout
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text that goes on after others: behind a space, whichever way the tokenizer marks one."""
-        before = self.tokenizer.encode("x", add_special_tokens=False)
-        return tuple(self.tokenizer.encode("x " + text, add_special_tokens=False)[len(before):])
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that go on after others: behind a space, whichever way the tokenizer marks one."""
+        before, *found = self.tokenizer(["x", *("x " + text for text in texts)], add_special_tokens=False)["input_ids"]
+        return [tokens[len(before):] for tokens in found]
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+        """Lead, view and most tokens of a value. ValueError for a kind that the layout does not know."""
+        if name not in self.kinds:
+            raise ValueError(f"evidence of kind {name!r}, but the layout knows only {sorted(self.kinds)}")
+        return self.kinds[name]
 
     def only(self, view: tuple[bool, ...]) -> "Layout":
         """The layout of the texts with this view, without the profiles that they do not see.
@@ -120,32 +128,30 @@ class Layout:
 
 
 class Row(NamedTuple):
-    """The evidence of one user, or one text, as tokens one after the other."""
-    ids: Tensor            # [T] int64
-    positions: Tensor      # [T] int64
-    text: Tensor           # [T] int64, which text the token belongs to
-    views: Tensor          # [T, P] bool, the profiles that the token sees
-    labels: Tensor         # [T] bool, a value token: its likelihood counts
+    """The evidence of one user, or one text, as T tokens one after the other."""
+    ids: list[int]                     # [T]
+    positions: list[int]               # [T]
+    text: list[int]                    # [T], which text the token belongs to
+    views: list[tuple[bool, ...]]      # [T][P], the profiles that the token sees
+    labels: list[bool]                 # [T], a value token: its likelihood counts
 
 
-def pack(texts: list[tuple[str, str]], layout: Layout) -> Row:
-    """Evidence texts [(kind, value), …] → one row. Raises ValueError for a kind that the layout does not know."""
-    ids, positions, text, views, labels = [], [], [], [], []
-    for number, (kind, value) in enumerate(texts):
-        if kind not in layout.kinds:
-            raise ValueError(f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
-        lead, view, cut = layout.kinds[kind]
-        tokens = layout.encode(value)[:cut]
-        ids += [*lead, *tokens]
-        size = len(lead) + len(tokens)
-        positions += range(layout.start, layout.start + size)
-        text += [number] * size
-        views += [view] * size
-        labels += [False] * len(lead) + [True] * len(tokens)
-    whole = lambda values: torch.tensor(values, dtype=torch.int64)
-    return Row(whole(ids), whole(positions), whole(text),
-               torch.tensor(views, dtype=torch.bool).reshape(-1, len(layout.names)),
-               torch.tensor(labels, dtype=torch.bool))
+def pack(users: list[list[tuple[str, str]]], layout: Layout) -> list[Row]:
+    """Evidence texts [(kind, value), …] of each user → a row each. Raises ValueError for a kind the layout lacks."""
+    encoded, rows = iter(layout.encode([value for user in users for _, value in user])), []
+    for user in users:
+        row = Row([], [], [], [], [])
+        for number, (kind, _) in enumerate(user):
+            lead, view, cut = layout.kind(kind)
+            tokens = next(encoded)[:cut]
+            size = len(lead) + len(tokens)
+            row.ids.extend([*lead, *tokens])
+            row.positions.extend(range(layout.start, layout.start + size))
+            row.text.extend([number] * size)
+            row.views.extend([view] * size)
+            row.labels.extend([False] * len(lead) + [True] * len(tokens))
+        rows.append(row)
+    return rows
 
 
 class Batch(NamedTuple):
@@ -179,10 +185,18 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
             dtype: torch.dtype = torch.float32) -> Batch:
     """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
     ids, block, position = layout.fixed()
-    pad = lambda name, fill: pad_sequence([getattr(row, name) for row in rows], batch_first=True, padding_value=fill)
+    length = torch.tensor([len(row.ids) for row in rows])
+    filled = torch.arange(int(length.max())) < length[:, None]         # (B, T)
+    (B, T), F, C, P = filled.shape, len(ids), layout.cached, len(layout.names)
+
+    def pad(name: str, fill, *shape: int) -> Tensor:
+        padded = torch.full((B, T, *shape), fill)
+        values = list(chain.from_iterable(getattr(row, name) for row in rows))
+        padded[filled] = torch.tensor(values, dtype=padded.dtype).reshape(-1, *shape)
+        return padded
+
     tokens, positions, text = pad("ids", layout.bos), pad("positions", layout.start), pad("text", -1)     # (B, T)
-    views, labels = pad("views", False), pad("labels", False)                                # (B, T, P) (B, T)
-    (B, T), F, C = tokens.shape, len(ids), layout.cached
+    views, labels = pad("views", False, P), pad("labels", False)       # (B, T, P) (B, T)
 
     view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                   # BOS is in every view
     sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
@@ -196,7 +210,9 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
     predict = row * (F - skip + T) + F - skip + label - 1              # the token before predicts it: no lead is empty
     tensors = (full(ids, tokens), full(position, positions), additive(sees[:, skip:], dtype), predict,
                tokens[row, label], row)
-    ids, positions, mask, *rest = (t.to(device) for t in tensors)
+    if torch.device(device).type == "cuda":                            # so the copy does not wait for the GPU's work
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    ids, positions, mask, *rest = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return Batch(ids, positions, mask, slice(C - skip, F - skip), *rest, prefix)
 
 
@@ -256,7 +272,6 @@ class TextTable(NamedTuple):
     tokens: Tensor         # [T] fp32, number of value tokens
     gradient: Tensor       # [T, P, m·d] fp32, of nll in θ; 0 for profiles outside the text's view
     hidden: Tensor         # [T, d] fp32, Σ of the last hidden states of the value tokens (the untuned LLM)
-    reversed: Tensor       # [T, P, d] fp32, hidden state after "lead value name_p" times tokens (behaviour first)
 
 
 def shared_prompt(lm, m: int) -> Tensor:
@@ -302,6 +317,16 @@ def run_batches(lengths: list[int], budget: int, run) -> None:
             todo = [[rest[i] for i in group] for group in batches([lengths[u] for u in rest], budget)]
 
 
+def rows_by_view(layout: Layout, texts: list[tuple[str, str]]):
+    """Yields (indices of texts, a row each, layout of the profiles that they see, which these are) per view."""
+    groups = {}
+    for i, (kind, _) in enumerate(texts):
+        groups.setdefault(layout.kind(kind)[1] if layout.own_names else (True,) * len(layout.names), []).append(i)
+    for view, members in groups.items():
+        part = layout.only(view) if layout.own_names else layout
+        yield torch.tensor(members), pack([[texts[i]] for i in members], part), part, torch.tensor(view)
+
+
 def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor | None = None, *, budget: int = 1024,
                 tick=lambda texts: None) -> TextTable:
     """One forward and backward pass per text (ours: gradients of users are sums over their texts).
@@ -310,63 +335,65 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     pass, halved when memory runs out. Raises ValueError where the likelihood is not finite or a text exceeds the LLM's
     context.
     """
-    P, m, d = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim
-    theta = shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta                 # (P, m, d)
-    table = TextTable(torch.zeros(len(texts)), torch.zeros(len(texts)), torch.zeros(len(texts), P, m * d),
-                      torch.zeros(len(texts), d), torch.zeros(len(texts), P, d))
-    groups = {}
-    for i, (kind, _) in enumerate(texts):
-        if kind not in layout.kinds:
-            raise ValueError(f"evidence of kind {kind!r}, but the layout knows only {sorted(layout.kinds)}")
-        groups.setdefault(layout.kinds[kind][1] if layout.own_names else (True,) * P, []).append(i)
-    for view, members in groups.items():                               # texts of one view need only its profiles
-        part = layout.only(view) if layout.own_names else layout
-        rows, cache, seen = [pack([texts[i]], part) for i in members], prefix(lm, part), torch.tensor(view)
+    P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)
+    theta = (shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta).to(lm.device)             # (P, m, d)
+    blank = lambda *shape: torch.zeros(shape, device=lm.device)
+    table = TextTable(blank(T), blank(T), blank(T, P, m * d), blank(T, d))
+    for members, rows, part, view in rows_by_view(layout, texts):
+        cache = prefix(lm, part)
         check_context(lm, rows)
+        table.tokens[members] = torch.tensor([sum(row.labels) for row in rows]).to(table.tokens)
 
         def run(indices: list[int]) -> None:
             batch = collate([rows[i] for i in indices], part, cache, device=lm.device, dtype=lm.dtype)
-            x = theta[seen].to(lm.device).expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
+            x = theta[view].expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
             states = hidden(lm, batch, x)
             value = nll(lm, batch, x, states)
             grad, = torch.autograd.grad(value.sum(), x)                # (B, P of the view, m, d)
-            if not (value.isfinite().all() and grad.isfinite().all()):
-                raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
-            at = torch.tensor([members[i] for i in indices])
-            tokens = torch.stack([rows[i].labels.sum() for i in indices]).float()
-            pooled = torch.zeros(len(indices), d, device=x.device).index_add(
-                0, batch.row, states.detach().flatten(0, 1)[batch.predict + 1].float())
-            after = reversed_states(lm, part, [rows[i] for i in indices])                    # (B, P of the view, d)
-            table.nll[at], table.tokens[at], table.hidden[at] = value.detach().float().cpu(), tokens, pooled.cpu()
-            for column, p in enumerate(seen.nonzero().flatten().tolist()):
-                table.gradient[at, p] = grad[:, column].flatten(1).cpu()
-                table.reversed[at, p] = after[:, column] * tokens[:, None]
+            after = states.detach().flatten(0, 1)[batch.predict + 1].float()                 # (L, d)
+            at = members[indices].to(lm.device, non_blocking=True)
+            table.nll[at] = value.detach().float()
+            table.hidden[at] = blank(len(indices), d).index_add(0, batch.row, after)
+            for column, p in enumerate(view.nonzero().flatten().tolist()):
+                table.gradient[at, p] = grad[:, column].flatten(1).float()
             tick(len(indices))
 
         run_batches([len(row.ids) + m * len(part.names) for row in rows], budget, run)
-    return table
+    if not (table.nll.isfinite().all() and table.gradient.isfinite().all()):
+        raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
+    return TextTable(*(column.cpu() for column in table))
 
 
 @torch.no_grad()
-def reversed_states(lm, layout: Layout, rows: list[Row]) -> Tensor:
-    """Behaviour first, then the profile's name: the hidden state after "BOS lead value name_p", [B, P, d] fp32.
+def score_reversed(lm, layout: Layout, texts: list[tuple[str, str]], *, budget: int = 1024,
+                   tick=lambda texts: None) -> Tensor:
+    """Behaviour first, then the profile's name: hidden states after "BOS lead value name_p" times value tokens.
 
-    The direction that the paper argues against, as a control; rows: one text each.
+    The direction that the paper argues against, as a control. → [T, P, d] fp32; 0 for profiles outside the view.
     """
-    found = []
-    for name in layout.names:
-        ids = [torch.cat([torch.tensor([layout.bos]), row.ids, torch.tensor(name)]) for row in rows]
-        x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)  # right-padded: causal is fine
-        states = lm.base_model(input_ids=x, use_cache=False).last_hidden_state
-        found.append(states[torch.arange(len(rows)), torch.tensor([len(i) - 1 for i in ids])].float().cpu())
-    return torch.stack(found, 1)
+    table = torch.zeros(len(texts), len(layout.names), lm.get_input_embeddings().embedding_dim, device=lm.device)
+    for members, rows, part, view in rows_by_view(layout, texts):
+        for name, p in zip(part.names, view.nonzero().flatten().tolist()):
+            whole = [[layout.bos, *row.ids, *name] for row in rows]
+
+            def run(indices: list[int]) -> None:                       # right-padded, so the plain causal mask will do
+                ids = [torch.tensor(whole[i]) for i in indices]
+                x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
+                states = lm.base_model(input_ids=x, use_cache=False).last_hidden_state
+                last = states[torch.arange(len(ids)), torch.tensor([len(one) - 1 for one in ids])].float()
+                tokens = torch.tensor([sum(rows[i].labels) for i in indices]).to(last)
+                table[members[indices].to(lm.device), p] = last * tokens[:, None]
+                tick(len(indices) / len(part.names))
+
+            run_batches([len(ids) for ids in whole], budget, run)
+    return table.cpu()
 
 
 def check_context(lm, rows: list[Row]) -> None:
     """ValueError where an evidence text with its prompt does not fit the LLM's context; only θ may train."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
-    longest = 1 + max((int(row.positions.max()) for row in rows if len(row.ids)), default=0)
+    longest = 1 + max((max(row.positions) for row in rows if row.ids), default=0)
     context = getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
         raise ValueError(f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
@@ -573,20 +600,19 @@ class Digits:
     """A tokenizer for check_lm: numbers are tokens."""
     bos_token_id, eos_token_id = 1, 2
 
-    @staticmethod
-    def encode(text: str, **kwargs) -> list[int]:
-        return [int(word) for word in text.replace("x", "3").split()]
+    def __call__(self, texts: list[str], **kwargs) -> dict:
+        return {"input_ids": [[int(word) for word in text.replace("x", "3").split()] for text in texts]}
 
 
 @torch.no_grad()
 def check_lm(lm) -> None:
     """ValueError for an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, …)."""
     layout = Layout.build({"profiles": {"a": "4 5", "b": "6 7"}, "kinds": {
-        "c": {"lead": "8", "view": ["a"]}, "d": {"lead": "9 8", "view": ["b"]}}}, Digits, m=2)
+        "c": {"lead": "8", "view": ["a"]}, "d": {"lead": "9 8", "view": ["b"]}}}, Digits(), m=2)
     texts = [("c", f"{i} {i + 1} {i + 2}") for i in range(10, 26)] + [("d", f"{i} {i + 2}") for i in range(30, 40)]
     theta = lm.get_input_embeddings().weight[10:14].float().reshape(1, 2, 2, -1)
     try:
-        batch = collate([pack(texts, layout)], layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
+        batch = collate(pack([texts], layout), layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
         packed, single = float(nll(lm, batch, theta)), float(naive_nll(lm, layout, [texts], theta))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a {lm.config.model_type} LM is not supported ({error})") from None
@@ -611,7 +637,7 @@ def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Ten
                     slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
             prompt = len(row)
             row += lead
-            for token in layout.encode(text)[:cut]:
+            for token in layout.encode([text])[0][:cut]:
                 labels.append((len(ids), len(row) - 1, token, user))
                 row.append(token)
             ids.append(torch.tensor(row))
@@ -671,8 +697,6 @@ def init_distributed(device: str) -> str:
     if missing:
         raise data.CommandError(2, f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun, "
                                    "or unset WORLD_SIZE")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -752,7 +776,8 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
                known: Path | None = None) -> dict[str, np.ndarray]:
     """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
 
-    known: a table of the same LLM and layout, whose texts are not computed again (infer).
+    known: a table of the same LLM and layout, whose texts are not computed again (infer). The array "reversed" is
+    made where it is asked for (args.reversed).
     """
     lines = [json.dumps([kind, text], ensure_ascii=False) for kind, text in texts]
     identity = json.loads(json.dumps({
@@ -764,9 +789,9 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
         try:
             arrays, meta = read_table(folder)
             if rank_and_world_size()[0] == 0:
-                for part in folder.glob("texts_[0-9]*.npz"):           # left by a run killed after meta.json
+                for part in folder.glob("*_[0-9]*.npz"):               # left by a run killed after meta.json
                     part.unlink()
-            if meta["identity"] == identity:
+            if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
                 log(f"text table of {len(texts)} texts: up to date")
                 return arrays
         except ValueError as error:
@@ -785,19 +810,22 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
         claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
                               "known": meta["identity"]["texts"] if known is not None else None}, args.restart)
     barrier()
-    began, parts = time.time(), []
+    began, pieces = time.time(), [new[i:i + args.part] for i in range(0, len(new), args.part)]
+    fields, parts = TextTable._fields + ("reversed",) * args.reversed, [[] for _ in pieces]
     if new:
         lm, tokenizer = model.get()
         layout = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without)
         log(f"text table: {len(new)} of {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
-        pieces = [new[i:i + args.part] for i in range(0, len(new), args.part)]
-        bar = tqdm(total=len(new), desc="texts", unit="text", delay=2, disable=rank_and_world_size()[0] > 0)
-        bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"texts_{i:05d}.npz").exists()))
-        parts = all_parts(folder, "texts", pieces, lambda piece: score_texts(
-            lm, layout, [texts[i] for i in piece], budget=args.budget or auto_budget(lm), tick=bar.update))
-        bar.close()
+        backwards = lambda *texts, **how: [score_reversed(*texts, **how)]
+        for name, score in [("texts", score_texts), ("reversed", backwards)][:2 if args.reversed else 1]:
+            bar = tqdm(total=len(new), desc=name, unit="text", delay=2, disable=rank_and_world_size()[0] > 0)
+            bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"{name}_{i:05d}.npz").exists()))
+            found = all_parts(folder, name, pieces, lambda piece: score(
+                lm, layout, [texts[i] for i in piece], budget=args.budget or auto_budget(lm), tick=bar.update))
+            bar.close()
+            parts = [one + two for one, two in zip(parts, found)]
     if rank_and_world_size()[0] == 0:
-        where = {i: (part, row) for part, piece in zip(parts, (pieces if new else [])) for row, i in enumerate(piece)}
+        where = {i: (part, row) for part, piece in zip(parts, pieces) for row, i in enumerate(piece)}
         arrays = {}
 
         def merged(a: int, name: str):
@@ -805,14 +833,14 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
                 part, row = where[i] if i in where else (None, row_of[line])
                 yield (old[name] if part is None else part[a])[row:row + 1]
 
-        for a, name in enumerate(TextTable._fields):
+        for a, name in enumerate(fields):
             shape = (parts[0][a] if parts else old[name]).shape[1:]
             arrays[name] = (len(texts), *shape), [part[a] for part in parts] if old is None else merged(a, name)
         data.write_text(folder / "texts.txt", "\n".join(lines))
         write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, without == "pretraining"),
                                      "seconds": round(time.time() - began, 1), "scored": len(new),
                                      "value_tokens": float(sum(part[1].sum() for part in parts))})
-        for part in folder.glob("texts_[0-9]*.npz"):
+        for part in folder.glob("*_[0-9]*.npz"):
             part.unlink()
     barrier()
     return read_table(folder)[0]
@@ -839,6 +867,7 @@ def command_fit(args) -> None:
     if args.without in MEASUREMENT and (args.exact_rounds or args.exact_users):
         raise data.CommandError(2, "--exact-rounds and --exact-users need gradients, "
                                    f"which --without {args.without} replaces")
+    args.reversed = args.reversed or args.without == "causality"
     names = list(source.layout["profiles"])
     codes, (rows, indptr, text) = parse_codes(args.codes, names), training_texts(source, args.kinds)
     user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
@@ -941,7 +970,7 @@ def exact_users(args, model: Model, source, indptr: np.ndarray, text: np.ndarray
     bar = tqdm(total=len(active), desc="users", unit="user", delay=2, disable=not first)
 
     def tune(piece: list[int]):
-        rows = [pack([source.texts[t] for t in text[by_user[u]:by_user[u + 1]]], layout) for u in piece]
+        rows = pack([[source.texts[t] for t in text[by_user[u]:by_user[u + 1]]] for u in piece], layout)
         return tune_users(lm, layout, rows, start.expand(len(piece), -1, -1, -1), steps=args.steps, lr=args.lr,
                           budget=args.budget or auto_budget(lm), tick=bar.update)
 
@@ -979,6 +1008,7 @@ def command_infer(args) -> None:
         raise ValueError(f"{given} and {args.data} have different layouts: IDs mean something only with the texts of "
                          "their codebook")
     args.tokens, without = settings["tokens"], settings["without"]
+    args.reversed = without == "causality"
     table = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, source.texts,
                        without if without in IN_TABLE else "", known=given / profiles.meta["table"])
     if rank_and_world_size()[0] > 0:
@@ -1017,8 +1047,8 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
         sub.add_argument("--budget", type=data.positive_int,
                          help="padded tokens in one forward pass [1024 on a CPU, by its memory on a GPU]")
-        sub.add_argument("--part", type=data.positive_int, default=256,
-                         help="texts per file, the unit that a killed run redoes [256]")
+        sub.add_argument("--part", type=data.positive_int,
+                         help="texts per file, the unit that a killed run redoes [256 on a CPU, 8192 on a GPU]")
         sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
     sub.add_argument("--profiles", required=True, help="folder made by fit: its codebooks and settings")
     sub = commands.choices["fit"]
@@ -1029,6 +1059,8 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--seed", type=data.nonnegative_int, default=0, help="of k-means++; nothing else is random [0]")
     sub.add_argument("--kinds", type=lambda text: text.split(","), help="kinds of evidence to use [all of the layout]")
     sub.add_argument("--table", help="folder of the text table, to share it between runs [OUT/table]")
+    sub.add_argument("--reversed", action="store_true",
+                     help="also score behaviour first, then the profile's name: the control \"reversed\" of ctr.py")
     sub.add_argument("--exact-rounds", type=data.nonnegative_int, default=0,
                      help="EM rounds by the LLM's own likelihood, each of K passes over the texts [0]")
     sub.add_argument("--exact-users", action="store_true",
@@ -1042,6 +1074,9 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--without", default="", choices=[*IN_TABLE, *MEASUREMENT, *IN_QUANTISER],
                      help="leave a part of the method out, to see its worth")
     args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.part = args.part or (8192 if args.device.startswith("cuda") else 256)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
         args.device = init_distributed(args.device)
     try:

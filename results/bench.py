@@ -79,37 +79,25 @@ OFFICE = {"items": 2420, "texts": 3123, "tokens": 59_338}
 SHOPS = {"Video_Games": 10_672, "Clothing": 23_033, "Movies_and_TV": 50_052}     # items of the 2014 5-cores
 
 
-def plain_rows(lm, rows: int, width: int, predictions: int, backward: bool = True) -> None:
+def plain_rows(lm, rows: int, width: int, predictions: int) -> None:
     """The limit: `rows` plain causal rows of `width` tokens, the head on some predictions, backward to the inputs."""
-    with torch.set_grad_enabled(backward):
-        x = torch.randn(rows, width, lm.config.hidden_size).to(lm.device, lm.dtype).requires_grad_(backward)
-        states = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)
-        if backward:
-            logits = lm.get_output_embeddings()(states[:predictions]).float()
-            logits.log_softmax(-1)[:, 0].sum().backward()
+    x = torch.randn(rows, width, lm.config.hidden_size, device=lm.device, dtype=lm.dtype).requires_grad_()
+    states = lm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = lm.get_output_embeddings()(states[:predictions]).float()
+    logits.log_softmax(-1)[:, 0].sum().backward()
 
 
-def text_speed(lm, layout, texts: list, *, budget: int = 1024, repeat: int = 3, naive: int = 32, full=None) -> dict:
+def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: int = 3, naive: int = 32, full=None) -> dict:
     """score_texts beside the limit and the naive way, in turn.
 
     The limit is the LLM's work alone: forward and backward to the inputs over plain causal rows with as many tokens
-    (texts, leads, soft tokens), and one plain forward pass where score_texts makes one for the control "reversed". The
-    naive way makes gradients only, so it is compared with score_texts less the time of that control, per text.
-    full: the LLM in fp32; None: the naive way runs in the LLM's own type only.
+    (texts, leads, soft tokens), in equal batches. budget: padded tokens in one pass, None: as uip.py chooses. full: the
+    LLM in fp32; None: the naive way runs in the LLM's own type only.
     """
-    rows = [uip.pack([text], layout) for text in texts]
+    budget, rows = budget or uip.auto_budget(lm), uip.pack([[text] for text in texts], layout)
     lengths = [len(row.ids) + layout.m * sum(layout.kinds[kind][1]) for row, (kind, _) in zip(rows, texts)]
-    labels, control, spent = [int(row.labels.sum()) for row in rows], [], []
-    some = list(range(0, len(texts), max(1, len(texts) // naive)))
+    labels, some = [sum(row.labels) for row in rows], list(range(0, len(texts), max(1, len(texts) // naive)))
     theta = uip.shared_prompt(lm, layout.m).repeat(len(layout.names), 1, 1)
-    original = uip.reversed_states
-
-    def reversed_states(lm, part, group):
-        found = []
-        spent.append(seconds(lambda: found.append(original(lm, part, group)), lm.device))
-        if not limit.ready:
-            control.extend((len(group), 1 + len(name) + max(len(row.ids) for row in group)) for name in part.names)
-        return found[0]
 
     def ours():
         uip.score_texts(lm, layout, texts, theta, budget=budget)
@@ -118,9 +106,6 @@ def text_speed(lm, layout, texts: list, *, budget: int = 1024, repeat: int = 3, 
         for group in uip.batches(lengths, budget):
             width = round(sum(lengths[i] for i in group) / len(group))
             plain_rows(lm, len(group), width, sum(labels[i] for i in group))
-        for count, width in control:
-            plain_rows(lm, count, width, 0, backward=False)
-        limit.ready = True
 
     def naive_way(model):
         for start in range(0, len(some), 8):
@@ -128,33 +113,18 @@ def text_speed(lm, layout, texts: list, *, budget: int = 1024, repeat: int = 3, 
             x = theta.to(model.device).expand(len(part), -1, -1, -1).contiguous().requires_grad_()
             uip.naive_nll(model, layout, part, x).sum().backward()
 
-    limit.ready = False
     ways = {"ours": ours, "limit": limit, "naive_same_dtype": lambda: naive_way(lm)}
     if full is not None:
         ways["naive"] = lambda: naive_way(full)
-    taken, controls = {way: [] for way in ways}, []
-    uip.reversed_states = reversed_states
-    try:
-        for turn in range(repeat + 1):                                 # in turn, the first a warm-up
-            for way, run in ways.items():
-                spent.clear()
-                once = seconds(run, lm.device)
-                if turn:
-                    taken[way].append(once)
-                    controls += [sum(spent)] * (way == "ours")
-    finally:
-        uip.reversed_states = original
-    mine, control_time = np.array(taken["ours"]), np.array(controls)
-    share = len(texts) / len(some)
-    ratio = lambda way: round(float(np.median(np.array(taken[way]) * share / (mine - control_time))), 2)
-    middle = float(np.median(mine))
+    turns = [{way: seconds(run, lm.device) for way, run in ways.items()} for _ in range(repeat + 1)]
+    taken = {way: [turn[way] for turn in turns[1:]] for way in ways}                         # the first is a warm-up
+    ratio = lambda way, scale=1.0: round(float(np.median(np.array(taken[way]) * scale / np.array(taken["ours"]))), 3)
+    middle, share = float(np.median(taken["ours"])), len(texts) / len(some)
     return {"texts": len(texts), "tokens": sum(lengths), "value_tokens": sum(labels), "naive_texts": len(some),
             "seconds": taken, "tokens_per_s": round(sum(lengths) / middle, 1),
-            "ms_per_text": round(1e3 * middle / len(texts), 2),
-            "of_limit": round(float(np.median(np.array(taken["limit"]) / mine)), 3),
-            "control_share": round(float(np.median(control_time / mine)), 3),
-            **({"vs_naive": ratio("naive")} if full is not None else {}),
-            "vs_naive_same_dtype": ratio("naive_same_dtype"),
+            "ms_per_text": round(1e3 * middle / len(texts), 3), "of_limit": ratio("limit"),
+            **({"vs_naive": ratio("naive", share)} if full is not None else {}),
+            "vs_naive_same_dtype": ratio("naive_same_dtype", share),
             "budget": budget, "dtype": str(lm.dtype)[6:], "parameters": sum(w.numel() for w in lm.parameters()),
             "peak_mb": peak_mb(lm.device), "machine": machine(lm.device)}
 
@@ -353,19 +323,23 @@ def random_table(source, width: int = 576) -> dict:
     return {"tokens": tokens, "gradient": gradient * np.sqrt(tokens)[:, None, None]}
 
 
-def scale_speed(users: int, score=None, epoch: str = "") -> dict:
+def on(device: str, evidence: codebook.Evidence) -> codebook.Evidence:
+    """The evidence, on a device."""
+    return codebook.Evidence(*(tensor.to(device) for tensor in evidence))
+
+
+def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False) -> dict:
     """A planted shop of so many users through data, evidence, codebooks, IDs, IDs as of every row, and a bank.
 
-    score(texts, layout spec) → table; None: random gradients. epoch: the device of one epoch of DeepFM on the result.
+    score(texts, layout spec) → table; None: random gradients. epoch: also one epoch of DeepFM on the result.
     users_per_s counts everything between the table and the bank. update_us: one user's ID after one more row.
     """
     took, codes, probability, columns = {}, [], [], []
 
     def stage(name: str, call):
-        began = time.perf_counter()
-        found = call()
-        took[name] = took.get(name, 0.0) + time.perf_counter() - began
-        return found
+        found = []
+        took[name] = took.get(name, 0.0) + seconds(lambda: found.append(call()), device)
+        return found[0]
 
     with tempfile.TemporaryDirectory() as folder:
         shop = stage("draw the shop", lambda: data.planted(users=users))
@@ -376,20 +350,20 @@ def scale_speed(users: int, score=None, epoch: str = "") -> dict:
         table = stage("text table", lambda: score(source.texts, source.layout) if score else random_table(source))
         before = data.peak_mb()
         train = source.part == 0
-        rows, user = torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(source.user).long()
-        item = torch.from_numpy(source.x[:, 1]).long()
-        seen = torch.from_numpy(ctr.rows_seen(source, source.part, "warm"))
+        rows, user = (torch.from_numpy(column).long().to(device) for column in (np.flatnonzero(train), source.user))
+        item, seen = (torch.from_numpy(column).long().to(device)
+                      for column in (source.x[:, 1], ctr.rows_seen(source, source.part, "warm")))
         indptr, text = stage("evidence", lambda: data.row_texts(source, train))
         for p, k in enumerate((4, 3)):
-            evidence = stage("evidence", lambda: profile_evidence(source, table, indptr, text, p, ""))
+            evidence = stage("evidence", lambda: on(device, profile_evidence(source, table, indptr, text, p, "")))
             own = stage("evidence", lambda: evidence._replace(**dict(zip(
                 ("indptr", "text"), select_rows(evidence.indptr, evidence.text, rows)))))
             book, z, n = stage("fit_codebook", lambda: fit_codebook(own, user[rows], item[rows], users, k))
             r = stage("IDs of users", lambda: responsibilities(book, z, n))
-            codes.append(torch.where(n > 0, r.argmax(1) + 1, 0).numpy())
-            probability.append(r.max(1).values.numpy())
+            codes.append(torch.where(n > 0, r.argmax(1) + 1, 0).cpu().numpy())
+            probability.append(r.max(1).values.cpu().numpy())
             columns.append(stage("IDs as of every row",
-                                 lambda: codebook.ids_before(book, evidence, user, seen)[0] + 1).numpy())
+                                 lambda: codebook.ids_before(book, evidence, user, seen)[0] + 1).cpu().numpy())
             one = [seconds(lambda: responsibilities(book, z[u:u + 1] + z[:1], n[u:u + 1] + 1).argmax(1))
                    for u in range(100)]
         after = [name for name in took if name not in ("draw the shop", "write data", "read data", "text table")]
@@ -398,16 +372,17 @@ def scale_speed(users: int, score=None, epoch: str = "") -> dict:
                                          probability=np.stack(probability, 1)))
         if epoch:
             fold = stage("CTR rows", lambda: ctr.make_fold(source, "warm", "liked", 0))
-            x = torch.from_numpy(np.concatenate([fold.x, np.stack(columns, 1).astype(np.int32)], 1)[train]).to(epoch)
-            y, model = torch.from_numpy(fold.y[train]).to(epoch), ctr.DeepFM([*fold.sizes, 5, 4]).to(epoch)
+            x = torch.from_numpy(np.concatenate([fold.x, np.stack(columns, 1).astype(np.int32)], 1)[train]).to(device)
+            y, model = torch.from_numpy(fold.y[train]).to(device), ctr.DeepFM([*fold.sizes, 5, 4]).to(device)
             adam, generator = ctr.optimiser(model, 1e-2, 1e-5), torch.Generator().manual_seed(0)
-            took["one epoch of DeepFM"] = seconds(lambda: ctr.train_epoch(model, adam, x, y, 8192, generator), epoch)
+            stage("one epoch of DeepFM", lambda: ctr.train_epoch(model, adam, x, y, 8192, generator))
     arrays = sum(a.nbytes for a in (*table.values(), source.user, source.x, source.rating, source.price, source.time,
                                     source.part, source.users, source.indptr, source.text)) / 2 ** 20
     return {"users": users, "rows": len(source.user), "texts": len(source.texts), "told": len(text),
             "users_per_s": round(speed), "seconds": {name: round(value, 3) for name, value in took.items()},
             "update_us": round(1e6 * float(np.median(one)), 1),
-            "arrays_mb": round(arrays, 1), "peak_mb_before": before, "peak_mb": data.peak_mb()}
+            "arrays_mb": round(arrays, 1), "peak_mb_before": before, "peak_mb": data.peak_mb(),
+            **({"gpu_peak_mb": peak_mb(device)} if device != "cpu" else {})}
 
 
 def bench_scale(args) -> dict:
@@ -434,8 +409,9 @@ class Chunks:
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
-    def encode(self, text: str, **_) -> list[int]:
-        return [3 + zlib.crc32(piece.encode()) % (self.vocabulary - 3) for piece in re.findall(r"\S{1,4}", text)]
+    def __call__(self, texts: list[str], **_) -> dict:
+        return {"input_ids": [[3 + zlib.crc32(piece.encode()) % (self.vocabulary - 3)
+                               for piece in re.findall(r"\S{1,4}", text)] for text in texts]}
 
 
 SHAPES = {"SmolLM2-135M": (576, 1536, 30, 9, 3, 49_152), "Llama-2-7B": (4096, 11_008, 32, 32, 32, 32_000),
@@ -466,7 +442,7 @@ def parity(lm, layout, texts: list) -> dict:
 
     def packed(cache, rows=[texts], layout=layout):
         x = theta.to(lm.device).repeat(len(rows), 1, 1, 1).requires_grad_()
-        batch = uip.collate([uip.pack(row, layout) for row in rows], layout, cache, device=lm.device, dtype=lm.dtype)
+        batch = uip.collate(uip.pack(rows, layout), layout, cache, device=lm.device, dtype=lm.dtype)
         return gradient(uip.nll(lm, batch, x), x)
 
     cached, single = packed(uip.prefix(lm, layout)), sum(packed(None, [[text]]) for text in texts)
@@ -500,12 +476,12 @@ def bench_gpu(args) -> dict:
             data.write_data(folder, "planted", data.planted(), data.LAYOUTS["planted"])
             source = data.read_data(folder)
             indptr, text = data.row_texts(source, source.part == 0)
-            user, item = (torch.from_numpy(column).long() for column in (source.user, source.x[:, 1]))
+            user, item = (torch.from_numpy(column).long().to(where) for column in (source.user, source.x[:, 1]))
             ids = []
             for p, k in enumerate((4, 3)):
                 evidence = profile_evidence(source, table(source.texts), indptr, text, p, "")
-                book, z, n = fit_codebook(evidence, user, item, len(source.users), k)
-                ids += [responsibilities(book, z, n).argmax(1), kmeans(z.to(where), k).ids.cpu()]
+                book, z, n = fit_codebook(on(where, evidence), user, item, len(source.users), k)
+                ids += [responsibilities(book, z, n).argmax(1).cpu(), kmeans(z, k).ids.cpu()]
         return ids
 
     def equal_answers():
@@ -517,7 +493,8 @@ def bench_gpu(args) -> dict:
             def table(texts):
                 if where not in tables:
                     tables[where] = {name: array.numpy() for name, array in uip.score_texts(
-                        lm, uip.Layout.build(spec, tokenizer), texts, budget=args.budget)._asdict().items()}
+                        lm, uip.Layout.build(spec, tokenizer), texts,
+                        budget=args.budget or uip.auto_budget(lm))._asdict().items()}
                 return tables[where]
             return table
         here, again, cpu = (ids_of(table_on(where), where) for where in (device, device, "cpu"))
@@ -529,10 +506,11 @@ def bench_gpu(args) -> dict:
 
     def speed(lm, tokenizer):
         layout, count = uip.Layout.build(spec, tokenizer), 96 if small else 2048
-        rows, some = [uip.pack(texts[i::24], layout) for i in range(24)], planted_texts(count)[0]
+        rows, some = uip.pack([texts[i::24] for i in range(24)], layout), planted_texts(count)[0]
         theta = uip.shared_prompt(lm, 1).repeat(len(rows), len(layout.names), 1, 1)
-        uip.tune_users(lm, layout, rows[:2], theta[:2], steps=1, budget=args.budget)
-        tuned = seconds(lambda: uip.tune_users(lm, layout, rows, theta, steps=1, budget=args.budget), lm.device)
+        budget = args.budget or uip.auto_budget(lm)
+        uip.tune_users(lm, layout, rows[:2], theta[:2], steps=1, budget=budget)
+        tuned = seconds(lambda: uip.tune_users(lm, layout, rows, theta, steps=1, budget=budget), lm.device)
         each = text_speed(lm, layout, some, budget=args.budget, repeat=1 if small else 3, naive=min(count, 256))
         return {**each, "reference_tokens_per_s": sum(len(row.ids) for row in rows) / tuned,
                 "estimates": estimates(each["tokens_per_s"])}
@@ -540,7 +518,7 @@ def bench_gpu(args) -> dict:
     def score(texts, spec):
         lm, tokenizer = model(device, torch.float32 if small else half)
         layout = uip.Layout.build(spec, tokenizer)
-        taken = seconds(lambda: uip.score_texts(lm, layout, texts, budget=args.budget), device)
+        taken = seconds(lambda: uip.score_texts(lm, layout, texts, budget=args.budget or uip.auto_budget(lm)), device)
         return {"texts": len(texts), "seconds": taken}
 
     def office():
@@ -554,7 +532,7 @@ def bench_gpu(args) -> dict:
                                             for n, d in sizes for k in (4, 32)]},
              "Llama-2-7B, random weights": lambda: speed(*random_lm("tiny" if small else "Llama-2-7B", device, half)),
              "50,000 texts": lambda: score(*planted_texts(500 if small else 50_000)),
-             "planted shop": lambda: scale_speed(500 if small else 1_000_000, epoch=device)}
+             "planted shop": lambda: scale_speed(500 if small else 1_000_000, device=device, epoch=True)}
     if args.office:
         parts["Office_Products"] = office
     for name, part in parts.items():
@@ -591,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("em", "gpu"):
         option(name, "--lm", None, "causal LM: a folder or a hub id", str, required=name == "em")
         option(name, "--device", "auto", "cpu, cuda, cuda:1 …", str)
-        option(name, "--budget", 1024 if name == "em" else 8192, "padded tokens in one pass")
+        option(name, "--budget", None, "padded tokens in one pass; None: as uip.py chooses")
     option("em", "--dtype", "auto", "float32, bfloat16 or float16", str)
     option("em", "--texts", 128, "texts of the planted shop")
     option("em", "--naive", 32, "texts for the naive way")
