@@ -181,6 +181,11 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
+def send(tensor: Tensor, device) -> Tensor:
+    """A tensor of the CPU on another device. From pinned memory, a copy does not wait for the GPU's work."""
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, device="cpu",
             dtype: torch.dtype = torch.float32) -> Batch:
     """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
@@ -192,7 +197,7 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
     def pad(name: str, fill, *shape: int) -> Tensor:
         padded = torch.full((B, T, *shape), fill)
         values = list(chain.from_iterable(getattr(row, name) for row in rows))
-        padded[filled] = torch.tensor(values, dtype=padded.dtype).reshape(-1, *shape)
+        padded[filled] = torch.from_numpy(np.array(values, padded.numpy().dtype).reshape(-1, *shape))
         return padded
 
     tokens, positions, text = pad("ids", layout.bos), pad("positions", layout.start), pad("text", -1)     # (B, T)
@@ -210,9 +215,7 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
     predict = row * (F - skip + T) + F - skip + label - 1              # the token before predicts it: no lead is empty
     tensors = (full(ids, tokens), full(position, positions), additive(sees[:, skip:], dtype), predict,
                tokens[row, label], row)
-    if torch.device(device).type == "cuda":                            # so the copy does not wait for the GPU's work
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    ids, positions, mask, *rest = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    ids, positions, mask, *rest = (send(tensor, device) for tensor in tensors)
     return Batch(ids, positions, mask, slice(C - skip, F - skip), *rest, prefix)
 
 
@@ -297,7 +300,7 @@ def auto_budget(lm) -> int:
     if lm.device.type != "cuda":
         return 1024
     layers, width, size = lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype.itemsize
-    per_token = 40 * layers * width * size + 16 * lm.config.vocab_size
+    per_token = 24 * layers * width * size + 16 * lm.config.vocab_size
     return max(1024, min(65536, torch.cuda.mem_get_info(lm.device)[0] // 2 // per_token))
 
 
@@ -318,13 +321,14 @@ def run_batches(lengths: list[int], budget: int, run) -> None:
 
 
 def rows_by_view(layout: Layout, texts: list[tuple[str, str]]):
-    """Yields (indices of texts, a row each, layout of the profiles that they see, which these are) per view."""
+    """Yields per view: indices of its texts, a row each, the layout of the profiles that they see, and which these are."""
     groups = {}
     for i, (kind, _) in enumerate(texts):
         groups.setdefault(layout.kind(kind)[1] if layout.own_names else (True,) * len(layout.names), []).append(i)
     for view, members in groups.items():
         part = layout.only(view) if layout.own_names else layout
-        yield torch.tensor(members), pack([[texts[i]] for i in members], part), part, torch.tensor(view)
+        seen = [p for p, sees in enumerate(view) if sees]
+        yield torch.tensor(members), pack([[texts[i]] for i in members], part), part, seen
 
 
 def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor | None = None, *, budget: int = 1024,
@@ -338,23 +342,23 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)
     theta = (shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta).to(lm.device)             # (P, m, d)
     blank = lambda *shape: torch.zeros(shape, device=lm.device)
-    table = TextTable(blank(T), blank(T), blank(T, P, m * d), blank(T, d))
-    for members, rows, part, view in rows_by_view(layout, texts):
-        cache = prefix(lm, part)
+    table = TextTable(blank(T), torch.zeros(T), blank(T, P, m * d), blank(T, d))
+    for members, rows, part, seen in rows_by_view(layout, texts):
+        cache, start = prefix(lm, part), theta[seen]
         check_context(lm, rows)
-        table.tokens[members] = torch.tensor([sum(row.labels) for row in rows]).to(table.tokens)
+        table.tokens[members] = torch.tensor([float(sum(row.labels)) for row in rows])
 
         def run(indices: list[int]) -> None:
             batch = collate([rows[i] for i in indices], part, cache, device=lm.device, dtype=lm.dtype)
-            x = theta[view].expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
+            x = start.expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
             states = hidden(lm, batch, x)
             value = nll(lm, batch, x, states)
             grad, = torch.autograd.grad(value.sum(), x)                # (B, P of the view, m, d)
             after = states.detach().flatten(0, 1)[batch.predict + 1].float()                 # (L, d)
-            at = members[indices].to(lm.device, non_blocking=True)
+            at = send(members[indices], lm.device)
             table.nll[at] = value.detach().float()
             table.hidden[at] = blank(len(indices), d).index_add(0, batch.row, after)
-            for column, p in enumerate(view.nonzero().flatten().tolist()):
+            for column, p in enumerate(seen):
                 table.gradient[at, p] = grad[:, column].flatten(1).float()
             tick(len(indices))
 
@@ -372,8 +376,8 @@ def score_reversed(lm, layout: Layout, texts: list[tuple[str, str]], *, budget: 
     The direction that the paper argues against, as a control. → [T, P, d] fp32; 0 for profiles outside the view.
     """
     table = torch.zeros(len(texts), len(layout.names), lm.get_input_embeddings().embedding_dim, device=lm.device)
-    for members, rows, part, view in rows_by_view(layout, texts):
-        for name, p in zip(part.names, view.nonzero().flatten().tolist()):
+    for members, rows, part, seen in rows_by_view(layout, texts):
+        for name, p in zip(part.names, seen):
             whole = [[layout.bos, *row.ids, *name] for row in rows]
 
             def run(indices: list[int]) -> None:                       # right-padded, so the plain causal mask will do

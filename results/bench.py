@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -407,11 +408,10 @@ class Chunks:
     bos_token_id = eos_token_id = 1
 
     def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
+        self.token = functools.cache(lambda piece: 3 + zlib.crc32(piece.encode()) % (vocabulary - 3))
 
     def __call__(self, texts: list[str], **_) -> dict:
-        return {"input_ids": [[3 + zlib.crc32(piece.encode()) % (self.vocabulary - 3)
-                               for piece in re.findall(r"\S{1,4}", text)] for text in texts]}
+        return {"input_ids": [list(map(self.token, re.findall(r"\S{1,4}", text))) for text in texts]}
 
 
 SHAPES = {"SmolLM2-135M": (576, 1536, 30, 9, 3, 49_152), "Llama-2-7B": (4096, 11_008, 32, 32, 32, 32_000),
