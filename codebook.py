@@ -525,18 +525,20 @@ VERSION = 2
 
 def as_ids(users) -> np.ndarray:
     """User ids as an array of texts [n]; whole numbers count as their decimal text. ValueError for anything else."""
-    if isinstance(users, np.ndarray) and users.ndim != 1:
-        raise ValueError(f"user ids come as one list, not in the shape {list(users.shape)}")
-    if not isinstance(users, np.ndarray) or users.dtype.kind == "O":   # numpy would make texts of floats and None
-        users = list(users)
-        kinds = set(map(type, users))
-        for kind in kinds:
+    if isinstance(users, np.ndarray) and users.ndim == 1 and users.dtype.kind in "Uiu":
+        return users.astype(str, copy=False)
+    users = list(users)                                                # numpy would make texts of floats and None
+    try:
+        text = "\0".join(users) + "\0"
+    except TypeError:                                                  # not texts alone
+        for kind in set(map(type, users)):
             if kind is bool or not issubclass(kind, (str, int, np.integer)):
-                raise ValueError(f"user ids are texts or whole numbers, not {kind.__name__}")
-        users = np.array(users if kinds <= {str} else list(map(str, users)), str)
-    if users.dtype.kind not in "Uiu" and len(users):
-        raise ValueError(f"user ids are texts or whole numbers, not {users.dtype}, such as {users[0]!r}")
-    return users.astype(str)
+                raise ValueError(f"user ids are texts or whole numbers, not {kind.__name__}") from None
+        return np.array(list(map(str, users)))
+    width = len(text) // max(1, len(users))
+    if text[width - 1::width] == "\0" * len(users) and text.count("\0") == len(users):    # equal lengths: the fast way
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), f"<U{width}")
+    return np.array(users, str)
 
 
 def hash_users(users) -> np.ndarray:
@@ -546,45 +548,45 @@ def hash_users(users) -> np.ndarray:
     """
     a = as_ids(users)
     a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
-    points, prime = a.view(np.uint32).reshape(len(a), a.itemsize // 4), np.uint64(0x100000001B3)      # (n, W)
-    width, h = points.shape[1], np.full(len(a), 0xCBF29CE484222325, np.uint64)
-    while width and not points[:, width - 1].any():
-        width -= 1
-    for column in points[:, :width].T.astype(np.uint64, order="C"):    # (n,)
-        text = column != 0
-        h = (h ^ column) * prime if text.all() else np.where(text, (h ^ column) * prime, h)
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
-    return h ^ (h >> np.uint64(33))
+    points, h = a.view(np.uint32).reshape(len(a), a.itemsize // 4), np.full(len(a), 0xCBF29CE484222325, np.uint64)
+    for start in range(0, len(a), 10_000):                             # blocks that fit the cache
+        part = h[start:start + 10_000]
+        for column in points[start:start + 10_000].T.astype(np.uint64, order="C"):
+            np.multiply(part ^ column, np.uint64(0x100000001B3), out=part, where=column != 0)
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            part ^= part >> np.uint64(33)
+            part *= np.uint64(factor)
+        part ^= part >> np.uint64(33)
+    return h
 
 
 def hash_user(user: str) -> int:
-    """hash_users of one id in plain Python: numpy's overhead per call would be ten times the work."""
+    """hash_users of one id in plain Python: up to about 32 ids numpy's overhead exceeds the work."""
     h, mask = 0xCBF29CE484222325, 0xFFFFFFFFFFFFFFFF
-    for char in user:
-        if char != "\0":
-            h = (h ^ ord(char)) * 0x100000001B3 & mask
+    for point in map(ord, user.replace("\0", "")):
+        h = (h ^ point) * 0x100000001B3 & mask
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         h = (h ^ (h >> 33)) * factor & mask
     return h ^ (h >> 33)
 
 
 def find_keys(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Row of each wanted key in sorted `keys`, uint64 [n] → int64 [n]; any row where it is absent.
+    """Row of each wanted key in sorted `keys`, uint64 [n] → int64 [n]; where it is absent any row, or N.
 
     A binary search over all keys misses the cache at most steps. Hashes are uniform, so key · N / 2^64 is nearly
-    the row: three interpolation steps, then a binary search in 64 rows. Where that missed, a full search.
+    the row: three interpolation steps, then a binary search in 16 rows. Where that missed, a full search.
     """
-    last, scale = len(keys) - 1, len(keys) / 2**64
-    row = np.minimum((wanted * scale).astype(np.int64), last)
+    if len(wanted) < 64:                                               # a binary search has no such fixed cost
+        return keys.searchsorted(wanted)
+    scale = len(keys) / 2**64
+    row = (wanted * scale).astype(np.int64)
     for _ in range(3):
-        row = (row + np.rint((wanted - keys[row]).view(np.int64) * scale).astype(np.int64)).clip(0, last)
-    row = np.maximum(row - 32, 0)
-    for step in (32, 16, 8, 4, 2, 1):
-        row = row + step * (keys[np.minimum(row + step - 1, last)] < wanted)
-    row = np.minimum(row, last)
-    missed = ((keys[row] < wanted) | (keys[np.maximum(row - 1, 0)] >= wanted)).nonzero()[0]
-    row[missed] = np.minimum(keys.searchsorted(wanted[missed]), last)
+        row += ((wanted - keys.take(row, mode="clip")).view(np.int64) * scale).astype(np.int64)
+    row = np.maximum(row - 8, 0)
+    for step in (8, 4, 2, 1):
+        row += step * (keys.take(row + (step - 1), mode="clip") < wanted)
+    missed = ((keys.take(row, mode="clip") < wanted) | (keys.take(row - 1, mode="clip") >= wanted)).nonzero()[0]
+    row[missed] = keys.searchsorted(wanted[missed])
     return row
 
 
@@ -698,26 +700,29 @@ class Bank:
                 raise ValueError(f"{self.folder / name} was altered: build the bank again")
 
     def find(self, users) -> tuple[np.ndarray, np.ndarray]:
-        """(row of each user, whether it is there): int64 [n], bool [n]; users as in lookup."""
-        if isinstance(users, str):
+        """(row of each user, whether it is absent): int64 [n], bool [n]; users as in lookup."""
+        if isinstance(users, (str, bytes, int, np.integer)):           # one id; as_ids refuses bytes
             users = [users]
-        if isinstance(users, list) and len(users) <= 8 and all(type(user) is str for user in users):  # cheap
+        if isinstance(users, list) and len(users) <= 32 and set(map(type, users)) <= {str}:    # see hash_user
             wanted = np.array([hash_user(user) for user in users], np.uint64)
-            row = np.minimum(self.keys.searchsorted(wanted), len(self.keys) - 1)
         else:
             wanted = hash_users(users)
-            row = find_keys(self.keys, wanted)
-        return row, self.keys[row] == wanted
+        row = find_keys(self.keys, wanted)
+        return row, self.keys.take(row, mode="clip") != wanted
 
     def lookup(self, users) -> np.ndarray:
         """Codes of a user, or of n users: any iterable of ids, texts or whole numbers → int32 [n, P]; 0 = unknown."""
-        row, known = self.find(users)
-        return self.codes[row].astype(np.int32) * known[:, None]
+        row, absent = self.find(users)
+        codes = self.codes.take(row, 0, mode="clip").astype(np.int32)
+        codes[absent] = 0
+        return codes
 
     def probability(self, users) -> np.ndarray:
         """How sure each code is, as P(code | evidence): users as in lookup → float32 [n, P]; 0 = unknown."""
-        row, known = self.find(users)
-        return self.sure[row].astype(np.float32) / 255 * known[:, None]
+        row, absent = self.find(users)
+        sure = self.sure.take(row, 0, mode="clip") / np.float32(255)
+        sure[absent] = 0
+        return sure
 
 
 def replaced(folder: Path) -> Path:
