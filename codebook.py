@@ -634,11 +634,8 @@ class Bank:
         for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
             a, b = str(users[order[i]]), str(users[order[i + 1]])
             raise ValueError(f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
-        fresh = folder.with_name(folder.name + ".tmp")
-        if replaced(folder).exists() and not folder.exists():          # a build was killed between its two renames
-            replaced(folder).rename(folder)
-        for stale in (fresh, replaced(folder)):
-            shutil.rmtree(stale, ignore_errors=True)
+        fresh, old = folder.with_name(folder.name + ".tmp"), replaced(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         np.save(fresh / "keys.npy", keys)
         np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
@@ -652,9 +649,10 @@ class Bank:
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():                                            # a folder cannot be replaced in one step
-            folder.rename(replaced(folder))
+            shutil.rmtree(old, ignore_errors=True)                     # of a build that was killed after both renames
+            folder.rename(old)
         fresh.rename(folder)
-        shutil.rmtree(replaced(folder), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod
@@ -663,35 +661,25 @@ class Bank:
 
         FileNotFoundError if it is missing, ValueError if truncated, altered or of another version.
         """
-        folder = Path(folder)
-        while True:                                                    # until no build came between our looks
-            at = standing(folder)
-            before = folder_identity(at)
-            try:
-                bank = cls.open_once(at)
-            except (ValueError, FileNotFoundError):
-                if standing(folder) == at and folder_identity(at) == before:
-                    raise
-            else:
-                if folder_identity(at) == before:
-                    return bank
-
-    @classmethod
-    def open_once(cls, folder: Path) -> "Bank":
-        """The bank as it stands in `folder` at this moment."""
-        if not (folder / "meta.json").exists():
-            raise FileNotFoundError(f"{folder} is not a bank: `python codebook.py bank` makes one")
+        folder, problem = Path(folder).resolve(), None
+        at, identity = standing(folder)
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads((at / "meta.json").read_bytes())
             if meta["version"] != VERSION:
                 raise ValueError(f"its version is {meta['version']}, needed is {VERSION}")
             for name in cls.FILES:
-                if file_hash(folder / name, sample=True) != meta["sample"][name]:
+                if file_hash(at / name, sample=True) != meta["sample"][name]:
                     raise ValueError(f"{name} was truncated or altered")
-            arrays = [np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in cls.FILES[:3]]
+            arrays = [np.asarray(np.load(at / name, mmap_mode="r", allow_pickle=False)) for name in cls.FILES[:3]]
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-            raise ValueError(f"{folder} is a damaged bank ({error}): build it again") from None
-        return cls(folder, meta, *arrays)
+            problem = error
+        if standing(folder) != (at, identity):                         # a build replaced it between our two looks
+            return cls.open(folder)
+        if identity is None:
+            raise FileNotFoundError(f"{folder} is not a bank: `python codebook.py bank` makes one")
+        if problem:
+            raise ValueError(f"{folder} is a damaged bank ({problem}): build it again")
+        return cls(at, meta, *arrays)
 
     def verify(self) -> None:
         """Reads every byte: ValueError if a file is not the one that was built."""
@@ -730,18 +718,15 @@ def replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
-def standing(folder: Path) -> Path:
-    """Where the bank is at this moment: the old one, while the new one takes its place."""
-    return replaced(folder) if replaced(folder).exists() and not folder.exists() else folder
-
-
-def folder_identity(folder: Path) -> tuple | None:
-    """Tells a folder from another that took its name; None: there is none."""
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+def standing(folder: Path) -> tuple[Path, tuple | None]:
+    """Where the bank is now (the old one, while the new one takes its place), and what tells it from any other."""
+    for at in (folder, replaced(folder)):
+        try:
+            found = os.stat(at / "meta.json")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return at, (found.st_ino, found.st_mtime_ns)
+    return folder, None
 
 
 def file_hash(path: Path, sample: bool = False, block: int = 1 << 16, blocks: int = 64) -> str:

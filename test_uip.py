@@ -1770,54 +1770,51 @@ def test_bank_version_large_files_and_replacement(tmp_path, monkeypatch):
         Bank.open(bank.folder).verify()
 
 
-def test_bank_is_replaced_while_readers_look(tmp_path):
-    """Readers see one of the two banks, whole, and a bank that is open stays as it was."""
+def test_bank_is_replaced_while_a_reader_looks(tmp_path):
+    """A reader sees one of the two banks, whole, and a bank that is open stays as it was."""
     folder = tmp_path / "bank"
-    held = Bank.build(folder, ["a", "b"], [[1], [1]])
-    stop, seen, errors = threading.Event(), set(), []
-
-    def read():
-        while not stop.is_set():
-            try:
-                seen.add(tuple(Bank.open(folder).lookup(["a", "b"]).flatten().tolist()))
-            except Exception as error:                                 # any error at all is the failure looked for
-                errors.append(error)
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    for turn in range(30):
-        Bank.build(folder, ["a", "b"], [[turn % 2 + 1]] * 2)
-    stop.set()
-    for reader in readers:
-        reader.join()
-    assert not errors and seen <= {(1, 1), (2, 2)} and len(seen) == 2
-    assert held.lookup(["a", "b"]).tolist() == [[1], [1]]
+    held, seen = Bank.build(folder, ["a", "b"], [[1], [1]]), set()
+    child = os.fork()
+    if not child:
+        for turn in range(60):
+            Bank.build(folder, ["a", "b"], [[turn % 2 + 1]] * 2)
+        os._exit(0)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        seen.add(tuple(Bank.open(folder).lookup(["a", "b"]).flatten().tolist()))
+    assert ended[1] == 0 and seen == {(1, 1), (2, 2)} and held.lookup(["a", "b"]).tolist() == [[1], [1]]
     assert [p.name for p in tmp_path.iterdir()] == ["bank"]
 
 
-@pytest.mark.parametrize("renames", [0, 1])
-def test_bank_survives_a_kill_before_and_between_its_two_renames(tmp_path, renames):
+@pytest.mark.parametrize("step", range(5))
+def test_bank_survives_a_kill_at_any_step_of_its_replacement(tmp_path, step):
     folder = tmp_path / "bank"
     Bank.build(folder, ["a"], [[1]])
     child = os.fork()
-    if not child:                                                      # dies by SIGKILL at its rename number `renames`
-        real, count = codebook.Path.rename, [0]
-
-        def rename(self, target):
-            if count[0] == renames:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count[0] += 1
-            return real(self, target)
-        codebook.Path.rename = rename
+    if not child:                                                      # dies by SIGKILL where it would take the step
+        steps = itertools.count()
+        for owner, name in ((codebook.Path, "rename"), (codebook.shutil, "rmtree")):
+            def take(*args, real=getattr(owner, name), **how):
+                if next(steps) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **how)
+            setattr(owner, name, take)
         Bank.build(folder, ["a"], [[2]])
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert folder.exists() == (renames == 0)
-    bank = Bank.open(folder)                                           # between the renames the old bank still serves
-    assert bank.lookup("a").tolist() == [[1]]
+    assert folder.exists() == (step != 3)                              # between the renames the old bank still serves
+    bank = Bank.open(folder)
+    assert bank.lookup("a").tolist() == [[2 if step == 4 else 1]]
     bank.verify()
     assert Bank.build(folder, ["a"], [[3]]).lookup("a").tolist() == [[3]]
     assert Bank.open(folder).lookup("a").tolist() == [[3]] and [p.name for p in tmp_path.iterdir()] == ["bank"]
+
+
+def test_bank_opens_by_any_path(tmp_path, monkeypatch):
+    bank, users, codes = make_bank(tmp_path / "bank")
+    (tmp_path / "link").symlink_to("bank")
+    monkeypatch.chdir(bank.folder)
+    for folder in (".", tmp_path / "link", "../bank", str(bank.folder)):
+        assert (Bank.open(folder).lookup(users[:3]) == codes[:3]).all()
 
 
 # ------------------------------------------------------------------------------------------ folders and commands
