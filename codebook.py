@@ -941,8 +941,15 @@ def command_cards(args) -> None:
         print("\n".join(lines))
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """An id that begins with a dash, as many of Yelp do, looks like an option: the message says what to do."""
+        dash = "; put -- before ids that begin with a dash" if "USER" in message or "unrecognized" in message else ""
+        super().error(message + dash)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, *options: tuple) -> None:

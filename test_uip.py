@@ -1891,7 +1891,9 @@ def test_bank_lookup_and_verify_commands(tmp_path):
         0, "u3 hobby=2 (75%) life_stage=2 (75%)\nu4 hobby=2 (75%) life_stage=1 (75%)\n")
     code, out, err = call(codebook, "lookup", "--bank", bank, "--", "u3", "-u99")
     assert code == 4 and "-u99 unknown" in out and "1 of 2 users" in err
-    assert call(codebook, "lookup", "--bank", bank, "u3", "-u99")[0] == 2                 # taken for an option
+    for users in (["-u99"], ["u3", "-u99"]):                           # taken for an option
+        code, _, err = call(codebook, "lookup", "--bank", bank, *users)
+        assert code == 2 and "put -- before ids that begin with a dash" in err
     assert call(codebook, "lookup", "--bank", tmp_path / "none", "u1")[0] == 4
     assert call(codebook, "lookup", "--ban", bank, "u1")[0] == 2                          # no abbreviations
     code, out, _ = call(codebook, "verify", bank, profiles, folder)
