@@ -1824,7 +1824,7 @@ BANK_LAYOUT = {"profiles": {"hobby": "The user's hobby is", "life_stage": "The u
 HOBBY, STAGE = [0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1]
 
 
-def tiny_folders(tmp_path):
+def tiny_folders(tmp_path, first="u"):
     """Six users of two training rows, a valid and a test row. Hobby 0 fishes, 1 sews; the brand is the stage."""
     titles, brands = ["carp rod", "yarn | wool"], ["Kid", "Elder"]
     items = [{"title": titles[h], "category": None, "brand": brands[s], "price": 10.0 + 90 * s} for h in (0, 1)
@@ -1832,7 +1832,7 @@ def tiny_folders(tmp_path):
     items += [{"title": "gift", "category": None, "brand": "Kid", "price": None},
               {"title": "late", "category": None, "brand": "Late", "price": 999.0}]
     item = np.array([[2 * h + s, 4, 5 - h, 5 - h] for h, s in zip(HOBBY, STAGE)]).ravel()       # fishers end with late
-    users = np.array([f"u{i}" for i in range(6)])
+    users = np.array([f"{first}{i}" for i in range(6)])
     dataset = data.Dataset(users, np.array([f"i{i}" for i in range(6)]), items, np.repeat(np.arange(6), 4), item,
                            np.full(24, 4, np.float32), np.tile(np.arange(4), 6) + 10**9)
     data.write_data(tmp_path / "data", "tiny", dataset, BANK_LAYOUT)
@@ -1939,13 +1939,9 @@ def test_cards_of_ids(tmp_path):
     assert [row[5] for row in rows[2:]] == ["10.00–10.00", "100.00–100.00", "unknown"]
     assert rows[2][4].startswith("Kid (") and rows[4][1] == "0" and "late" not in text.lower()
     assert call(codebook, "cards", "--profiles", profiles, "--data", folder)[1].strip() == text.strip()
-    shutil.copytree(folder, tmp_path / "others")
-    found = dict(np.load(tmp_path / "others" / "interactions.npz"))
-    np.savez(tmp_path / "others" / "interactions.npz", **{**found, "users": np.char.add("x", found["users"])})
-    meta = json.loads((tmp_path / "others" / "meta.json").read_text())
-    meta["sha256"]["interactions.npz"] = data.sha256_of(tmp_path / "others" / "interactions.npz")
-    (tmp_path / "others" / "meta.json").write_text(json.dumps(meta))
-    assert call(codebook, "cards", "--profiles", profiles, "--data", tmp_path / "others")[0] == 4
+    _, others, _ = tiny_folders(tmp_path / "others", "x")
+    code, _, err = call(codebook, "cards", "--profiles", profiles, "--data", others)
+    assert code == 4 and "no user in common" in err
 
 
 def test_cards_log_odds_by_hand():
