@@ -47,6 +47,19 @@ hash_of() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 2
 at() { case $1 in env | lm) echo "runs/$1" ;; *) echo "runs/$RUN/$1" ;; esac; }   # shared by all runs, or the run's own
 read_or_nothing() { cat "$1" 2>/dev/null || true; }
 
+check() {  # check NAME REGEX WORDS: a setting that is empty has its default
+  [ -z "${!1:-}" ] || [[ ${!1} =~ ^($2)$ ]] || fail 2 "$1=${!1} is not $3"
+}
+NUMBER='[1-9][0-9]{0,8}' MODEL='lr|fm|deepfm|dcn' SET='amazon(14|18|23):[A-Za-z0-9_]+|nete:[^ ]+'
+for name in USERS SEEDS BUDGET NPROC CAP; do check $name "$NUMBER" "a whole number from 1 to 999999999"; done
+check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 8,8"
+check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
+check SETS " *($SET)( +($SET))* *" "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH, with spaces between"
+check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
+check DEVICE "auto|cpu|cuda(:[0-9]+)?" "one of auto, cpu, cuda and cuda:NUMBER"
+[ -z "$RAW" ] || [ -d "$RAW" ] || fail 4 "RAW=$RAW: there is no such folder"
+case $LM in ./* | ../* | /*) [ -d "$LM" ] || fail 4 "LM=$LM: there is no such folder" ;; esac
+
 # From here on `…`, not $(…), where this shell itself substitutes: bash 5.2 parses the latter, and a signal that comes
 # meanwhile ends it by a syntax error in the trap (6 of 1,191 trials; of `…` 0 of 1,206).
 CHILD= LOCK=

@@ -3944,6 +3944,10 @@ def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(
     copy_kit(tmp_path)
     assert reproduce(tmp_path, "profilse").returncode == 2
     assert "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
+    for name, value in (("SEEDS", "0"), ("USERS", "x"), ("BUDGET", "-1"), ("NPROC", "0"), ("CAP", "1e3"),
+                        ("CODES", "3"), ("MODELS", "lr,foo"), ("SETS", "foo"), ("DTYPE", "foo"), ("DEVICE", "foo")):
+        wrong = reproduce(tmp_path, **{name: value})
+        assert wrong.returncode == 2 and f"{name}={value} is not" in wrong.stderr and not (tmp_path / "runs").exists()
     (tmp_path / "alien" / "bin").mkdir(parents=True)
     (tmp_path / "alien" / "bin" / "python").symlink_to(sys.executable)
     alien = reproduce(tmp_path, VENV="alien")
