@@ -805,6 +805,12 @@ class Profiles(NamedTuple):
     meta: dict
 
 
+def code_sizes(text: str) -> list[int]:
+    """The argparse type of --codes: "4,3" → [4, 3]. A bank holds codes up to 65,535."""
+    size = data.checked_type(int, lambda k: 1 <= k <= 65535, "a whole number from 1 to 65535")
+    return [size(k) for k in text.split(",")]
+
+
 BOOK = ("mean", "directions", "noise", "prior", "pi", "mu", "spread", "eigenvalues")   # in profiles.npz
 
 

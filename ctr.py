@@ -297,8 +297,8 @@ def interval(values) -> tuple[float, float]:
 
 try:
     import data
-    from codebook import (MEASUREMENT, Evidence, fit_codebook, hash_users, profile_evidence, read_profiles, read_table,
-                          ids_before, select_rows)
+    from codebook import (MEASUREMENT, Evidence, code_sizes, fit_codebook, hash_users, profile_evidence, read_profiles,
+                          read_table, ids_before, select_rows)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -553,10 +553,10 @@ def command_run(args) -> None:
     began, out = time.time(), Path(args.out)
     source, models = data.read_data(args.data), choose(args.models, MODELS, "--models")
     profiles = list(source.layout["profiles"])
-    taken = [name for name in profiles if name in FEATURES]
+    taken = [name for name in profiles if name in FEATURES or "+" in name or "," in name]
     if taken:
-        raise data.CommandError(2, f"{args.data}: a profile named {taken[0]!r} is also the name of a feature: "
-                                   "rename it in the layout")
+        raise data.CommandError(2, f"{args.data}: a profile named {taken[0]!r} is also the name of a feature, or has a "
+                                   "+ or a comma: rename it in the layout")
     features = choose(args.features, (*FEATURES, *profiles), "--features")
     folds = range(args.folds if args.protocol == "new" else 1)
     if args.without == "time" and args.protocol != "warm":
@@ -748,11 +748,11 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--folds", type=int, choices=range(1, 6), default=5,
                      help="with new: the first so many of five folds [5]")
     sub.add_argument("--seeds", type=data.positive_int, default=2, help="training seeds [2]")
-    sub.add_argument("--codes", type=lambda text: [data.positive_int(k) for k in text.split(",")],
+    sub.add_argument("--codes", type=code_sizes,
                      help="codebook size of each profile [as fitted]")
     sub.add_argument("--directions", type=data.positive_int, default=16, help="most directions of a codebook [16]")
     sub.add_argument("--kinds", type=lambda text: text.split(","), help="kinds of evidence to use [all of the layout]")
-    sub.add_argument("--sure", type=data.nonnegative_float, default=0.0,
+    sub.add_argument("--sure", type=data.fraction, default=0.0,
                      help="IDs less probable than this count as unknown [0]")
     sub.add_argument("--without", default="", choices=["em", "kmeans", "signal", "time", *MEASUREMENT],
                      help="leave a part of the method out [as fitted]")

@@ -2928,7 +2928,8 @@ def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_
             (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 4, "cuda:99 is not here"),
             (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 3, "meta.json"),
             (fit("--codes", "4"), 2, "1 numbers for 2 profiles, hobby, background"),
-            (fit("--codes", "4,0"), 2, ""), (fit("--codes", "4,x"), 2, ""), (fit("--codes", ""), 2, ""),
+            (fit("--codes", "4,0"), 2, ""), (fit("--codes", "4,65536"), 2, ""), (fit("--codes", "4,x"), 2, ""),
+            (fit("--codes", ""), 2, ""),
             (fit("--lr", "nan"), 2, ""), (fit("--without", "luck"), 2, ""), (fit("--part", "0"), 2, ""),
             (fit("--kinds", "title,colour"), 4, "has no texts of kind colour: it has title, category, price"),
             (fit("--kinds", "price"), 4, "no user has evidence of this profile"),
@@ -3762,7 +3763,8 @@ def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     for more, says in ((["--models", "xgboost"], "lr, fm, deepfm, dcn"),
                        (["--features", "stats+magic"], "'magic' is none of none, userip"),
                        (["--features", ","], "--features"), (["--codes", "4"], "--codes"),
-                       (["--codes", "4,x"], "--codes"), (["--folds", "6"], "--folds"),
+                       (["--codes", "4,x"], "--codes"), (["--codes", "65536,3"], "1 to 65535"),
+                       (["--folds", "6"], "--folds"), (["--sure", "7"], "a number from 0 to 1"),
                        (["--device", "toaster"], "--device toaster"), (["--kinds", "title,colour"], "colour"),
                        (["--seeds", "0"], "--seeds"),
                        (["--without", "time", "--protocol", "new"], "--protocol warm"),
@@ -3778,11 +3780,12 @@ def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     assert code == 4 and "other texts" in err
 
 
-def test_a_profile_named_like_a_feature_is_refused(tmp_path):
-    layout = json.loads(json.dumps(RUN_LAYOUT).replace("life_stage", "stats"))
+@pytest.mark.parametrize("name", ["stats", "a+b", "a,b"])
+def test_a_profile_named_like_a_feature_or_a_sum_of_them_is_refused(name, tmp_path):
+    layout = json.loads(json.dumps(RUN_LAYOUT).replace("life_stage", name))
     write_shop(tmp_path / "data", layout=layout, users=12)
     code, _, err = call(ctr, *run_words((tmp_path / "data", None), tmp_path / "out", features="none", profiles=False))
-    assert code == 2 and "'stats' is also the name of a feature" in err
+    assert code == 2 and f"{name!r} is also the name of a feature" in err
 
 
 def test_figures_of_a_run_are_those_of_its_test_rows(shop_folder, monkeypatch):

@@ -658,8 +658,8 @@ def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Ten
 
 try:
     import data
-    from codebook import (MEASUREMENT, Profiles, explained_variance, profile_evidence, read_profiles, read_table,
-                          select_rows, write_profiles, write_table)
+    from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, profile_evidence, read_profiles,
+                          read_table, select_rows, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -1056,7 +1056,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--restart", action="store_true", help="drop what a run with other settings left")
     sub.add_argument("--profiles", required=True, help="folder made by fit: its codebooks and settings")
     sub = commands.choices["fit"]
-    sub.add_argument("--codes", type=lambda text: [data.positive_int(k) for k in text.split(",")], default=[4, 3],
+    sub.add_argument("--codes", type=code_sizes, default=[4, 3],
                      help="codebook size of each profile, in the order of the layout [4,3]")
     sub.add_argument("--directions", type=data.positive_int, default=16, help="most directions of a codebook [16]")
     sub.add_argument("--tokens", type=data.positive_int, default=1, help="soft tokens per profile [1]")
