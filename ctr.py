@@ -171,20 +171,22 @@ MODELS = {"lr": LR, "fm": FM, "deepfm": DeepFM, "dcn": DCN}
 
 # -------------------------------------------------------------------------------------------------- metrics
 
-def check_labels(y) -> np.ndarray:
-    """y as float64 [n]; ValueError unless every label is 0 or 1 and there is one."""
+def check_labels(y, score=None) -> np.ndarray:
+    """y as float64 [n]; ValueError unless every label is 0 or 1, there is one, and a score, not nan, for each."""
     y = np.asarray(y, np.float64)
     if y.ndim != 1 or not len(y) or not np.isin(y, (0, 1)).all():
         raise ValueError(f"labels are one list of 0 and 1, got {np.unique(y)[:5].tolist()} in the shape "
                          f"{list(y.shape)}")
+    if score is not None and np.shape(score) != y.shape:
+        raise ValueError(f"{len(y)} labels need as many scores, got the shape {list(np.shape(score))}")
+    if score is not None and np.isnan(np.asarray(score)).any():
+        raise ValueError("a score is nan")
     return y
 
 
 def grouped_auc(group, y, score) -> tuple[np.ndarray, np.ndarray]:
     """AUC inside each group, ties count half. group, y, score: [n] → auc [G] (one class: nan), rows [G]."""
-    y, score = check_labels(y), np.asarray(score)
-    if np.isnan(score).any():
-        raise ValueError("a score is nan: nothing can be ranked")
+    y, score = check_labels(y, score), np.asarray(score)
     order = np.lexsort((score, group))
     g, y, s = np.asarray(group)[order], y[order], score[order]
     first = np.append(True, g[1:] != g[:-1])
@@ -218,7 +220,7 @@ def gauc(user, y, score) -> float:
 
 def logloss(y, logit) -> float:
     """Mean of −log P(y) in nats, from logits: finite at any finite logit. y 0/1 [n], logit [n]."""
-    y, z = check_labels(y), np.asarray(logit, np.float64)
+    y, z = check_labels(y, logit), np.asarray(logit, np.float64)
     return float(np.mean(np.logaddexp(0, z) - y * z))
 
 

@@ -3291,8 +3291,12 @@ def test_one_class_is_nan_with_a_warning_and_odd_labels_are_refused():
     with pytest.warns(UserWarning, match="all 3 labels are of one class"):
         assert math.isnan(ctr.auc([1, 1, 1], [0.0, 1.0, 2.0]))
     assert math.isnan(ctr.gauc([0, 1], [0, 1], [0.0, 1.0]))
-    with pytest.raises(ValueError, match="nan"):
-        ctr.auc([0, 1], [0.0, math.nan])
+    for metric in (ctr.auc, ctr.logloss, functools.partial(ctr.gauc, [0, 0])):
+        with pytest.raises(ValueError, match="nan"):
+            metric([0, 1], [0.0, math.nan])
+        for scores in ([0.5], [[0.5], [0.6]]):                         # numpy would spread them over the labels
+            with pytest.raises(ValueError, match="2 labels need as many scores"):
+                metric([0, 1], scores)
     for labels in ([0, 2], [-1, 1], [0, 0.5], [], [[0, 1]], [0, math.nan]):
         scores = np.zeros(len(labels))
         for metric in (lambda: ctr.auc(labels, scores), lambda: ctr.gauc(scores, labels, scores),
