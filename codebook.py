@@ -200,9 +200,10 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
         if best is None or inertias and inertias[-1] < history[-1]:
             best, history = found, inertias
     centroids = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size).float()
-    ids, distances = assign(x, centroids)
-    clusters = Clusters(centroids, ids, float(distances.double().sum()), history)
-    return clusters if init is not None else canonical_order(clusters)
+    if init is None:
+        centroids = canonical_order(centroids, assign(x, centroids)[0])
+    ids, distances = assign(x, centroids)                              # in this order: it decides ties
+    return Clusters(centroids, ids, float(distances.double().sum()), history)
 
 
 def merge_equal_codes(centroids: Tensor, rounding: float) -> Tensor:
@@ -211,12 +212,10 @@ def merge_equal_codes(centroids: Tensor, rounding: float) -> Tensor:
     return centroids[same.int().argmax(1)]
 
 
-def canonical_order(clusters: Clusters) -> Clusters:
-    """The same codes by size, largest first, then by first, second, … coordinate."""
-    centroids, ids, rows = clusters.centroids, clusters.ids, clusters.centroids.tolist()
-    size = ids.bincount(minlength=len(rows)).tolist()
-    order = torch.tensor(sorted(range(len(rows)), key=lambda j: (-size[j], rows[j])), device=ids.device)
-    return clusters._replace(centroids=centroids[order], ids=order.argsort()[ids])
+def canonical_order(centroids: Tensor, ids: Tensor) -> Tensor:
+    """The same centroids by size, largest first, then by first, second, … coordinate."""
+    size, rows = ids.bincount(minlength=len(centroids)).tolist(), centroids.tolist()
+    return centroids[sorted(range(len(rows)), key=lambda j: (-size[j], rows[j]))]
 
 
 @torch.enable_grad()

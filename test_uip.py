@@ -1242,6 +1242,13 @@ def test_kmeans_agrees_with_assign_to_the_centroids_returned(x):
         assert ids.tolist() == [0, 0, 1, 1]
 
 
+def test_kmeans_agrees_with_assign_on_ties():
+    x = torch.tensor([[0.0], [0.0], [0.0], [1.0], [2.0]])              # row 3 is as near to 0 as to 2
+    for seed in range(9):
+        found = kmeans(x, 2, iters=0, n_init=1, generator=seeded(seed))
+        assert torch.equal(found.ids, assign(x, found.centroids)[0])
+
+
 def test_assign_far_from_zero():
     x = torch.randn(50, 4, generator=seeded(2)) + 3000
     ids, distance = assign(x, x[:6], chunk=7)
