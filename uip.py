@@ -311,8 +311,9 @@ def run_batches(lengths: list[int], budget: int, run) -> None:
         try:
             run(todo[0])
             todo.pop(0)
-        except RuntimeError as error:
-            short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        except (RuntimeError, MemoryError) as error:
+            short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+                words in str(error) for words in ("allocate memory", "bad_alloc", "ALLOC_FAILED"))
             if not short or len(todo[0]) == 1:
                 raise
             rest, budget = sum(todo, []), max(1, budget // 2)
