@@ -2432,6 +2432,12 @@ def test_a_likelihood_that_is_not_finite_ends_in_a_sentence(bad, monkeypatch):
         uip.score_texts(lm, layout, distinct(TEXTS))
 
 
+def test_a_token_that_the_lm_does_not_know_ends_in_a_sentence():
+    lm, layout, *_ = case("llama")
+    with pytest.raises(ValueError, match="a token 64, but the LLM knows only 64: they do not belong together"):
+        uip.check_context(lm, [uip.pack([("title", "rod")], layout)._replace(ids=torch.tensor([63, 64]))])
+
+
 def test_only_theta_trains():
     lm, layout, rows, _, theta = case(m=1)
     before, start = {name: weight.clone() for name, weight in lm.state_dict().items()}, theta.clone()
@@ -2701,8 +2707,25 @@ def test_missing_or_odd_weights_are_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="lack, or have in another size, lm_head.weight: get the folder again"):
         uip.load_lm(str(copy), "float32", "cpu")
     save_file({**weights, "lm_head.weight": head[:, :8].contiguous()}, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lm_head.weight|no causal LM"):
+    with pytest.raises(ValueError, match="lack, or have in another size, lm_head.weight: get the folder again"):
         uip.load_lm(str(copy), "float32", "cpu")
+    save_file({**weights, "lm_head.weight": head * math.nan}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="not finite in torch.float32: .* the weights are damaged"):
+        uip.load_lm(str(copy), "float32", "cpu")
+
+
+def test_a_cached_lm_is_used_without_network_and_half_a_download_is_not(tiny, tmp_path, monkeypatch):
+    import huggingface_hub
+    copy, asked = copy_lm(tiny, tmp_path / "lm"), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, local_files_only=False, **how: asked.append(local_files_only) or str(copy))
+    assert uip.lm_folder("some/lm") == copy and asked == [True]
+    weights = (copy / "model.safetensors").rename(copy / "model-2.safetensors")
+    assert uip.lm_folder("some/lm") == copy and asked == [True, True, False]
+    data.write_json(copy / "model.safetensors.index.json", {"weight_map": {"a": "model-2.safetensors"}})
+    assert uip.lm_folder("some/lm") == copy and asked == [True, True, False, True]
+    weights.unlink()
+    assert not uip.has_weights(copy)
 
 
 @pytest.mark.parametrize("name, change", [
@@ -2934,7 +2957,7 @@ def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_
             (fit_args(bad, tiny, out), 4, "texts.jsonl is not the one that meta.json records"),
             (fit_args(planted_folder, empty, out), 4, "no causal LM"),
             (fit_args(planted_folder, absent, out), 4, "no such folder"),
-            (fit_args(planted_folder, tmp_path / "file.safetensors", out), 4, "no such folder (a folder with config"),
+            (fit_args(planted_folder, tmp_path / "file.safetensors", out), 4, "safetensors is a file: give its folder"),
             (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 4, "cuda:99 is not here"),
             (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 3, "meta.json"),
             (fit("--codes", "4"), 2, "1 numbers for 2 profiles, hobby, background"),

@@ -398,6 +398,10 @@ def check_context(lm, rows: list[Row]) -> None:
     """ValueError where an evidence text with its prompt does not fit the LLM's context; only θ may train."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
+    highest, known = max((max(row.ids) for row in rows if row.ids), default=0), lm.get_input_embeddings()
+    if highest >= known.num_embeddings:
+        raise ValueError(f"the tokenizer gives a token {highest}, but the LLM knows only {known.num_embeddings}: they "
+                         "do not belong together")
     longest = 1 + max((max(row.positions) for row in rows if row.ids), default=0)
     context = getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
@@ -542,6 +546,7 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool =
             config = AutoConfig.from_pretrained(folder)
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **how), {}
         return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                                    ignore_mismatched_sizes=True,            # they are named below
                                                     attn_implementation=attention, **how)
 
     try:
@@ -572,15 +577,20 @@ def lm_folder(name: str) -> Path:
     """The folder of an LLM: itself, or the hub's snapshot. A cached snapshot is used without asking the network."""
     if os.path.isdir(name):
         return Path(name)
+    if os.path.isfile(name):
+        raise FileNotFoundError(f"--lm {name} is a file: give its folder, with config, tokenizer and safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".safetensors", ".gguf", ".bin")):
         raise FileNotFoundError(f"--lm {name}: there is no such folder "
                                 "(a folder with config, tokenizer and safetensors is needed)")
     from huggingface_hub import errors, snapshot_download
     files = {"allow_patterns": LM_FILES, "ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(name, local_files_only=True, **files))
-    except Exception:
-        print(f"downloading {name} from the hub", file=sys.stderr)
+        cached = Path(snapshot_download(name, local_files_only=True, **files))
+        if has_weights(cached):                                        # not what an interrupted download left
+            return cached
+    except Exception:                                                  # nothing is cached
+        pass
+    print(f"downloading {name} from the hub", file=sys.stderr)
     try:
         return Path(snapshot_download(name, etag_timeout=8, **files))
     except errors.GatedRepoError as error:
@@ -592,6 +602,14 @@ def lm_folder(name: str) -> Path:
             reason += "; log in with `hf auth login` or set HF_TOKEN"
         raise ConnectionError(f"--lm {name}: not to be had from the hub: wrong id, or no network? A local folder "
                               f"works, such as `python data.py lm --out DIR` makes ({reason})") from None
+
+
+def has_weights(folder: Path) -> bool:
+    """True if a folder holds a configuration and all files of the weights."""
+    index, files = folder / "model.safetensors.index.json", {"config.json", "model.safetensors"}
+    if index.exists():
+        files = {"config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    return all((folder / file).exists() for file in files)
 
 
 def computes_bf16(device: str) -> bool:
@@ -621,6 +639,9 @@ def check_lm(lm) -> None:
         packed, single = float(nll(lm, batch, theta)), float(naive_nll(lm, layout, [texts], theta))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a {lm.config.model_type} LM is not supported ({error})") from None
+    if not math.isfinite(packed):
+        raise ValueError(f"the likelihood is not finite in {lm.dtype}: try --dtype bfloat16 or float32; if it is not "
+                         "finite there, the weights are damaged")
     if not math.isclose(packed, single, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
         raise ValueError(f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its "
                          f"texts one by one (−log P {packed:.3f} and {single:.3f})")
