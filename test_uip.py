@@ -2976,6 +2976,12 @@ def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, said = code_of(fit())
     assert code == 2 and "WORLD_SIZE is set but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with" in said
+    for world, rank, port in (("two", "0", "1"), ("2", "2", "1"), ("2", "-1", "1"), ("2", "0", "x")):
+        for name, value in zip(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+                               (world, rank, "0", "127.0.0.1", port)):
+            monkeypatch.setenv(name, value)
+        code, said = code_of(fit())
+        assert code == 2 and "no settings of torchrun" in said and "unset WORLD_SIZE" in said, (world, rank, port)
 
 
 def test_more_codes_than_users_are_as_many_as_users(fitted, tiny, planted_folder, tmp_path):

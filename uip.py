@@ -723,13 +723,18 @@ def init_distributed(device: str) -> str:
     if missing:
         raise data.CommandError(2, f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun, "
                                    "or unset WORLD_SIZE")
+    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    if not all(map(str.isdecimal, numbers.values())) or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        raise data.CommandError(2, f"these are no settings of torchrun: {numbers}. Start with torchrun, "
+                                   "or unset WORLD_SIZE")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    print("process {RANK} of {WORLD_SIZE} waits for the others".format(**numbers), file=sys.stderr)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
     except (RuntimeError, ValueError) as error:
-        raise data.CommandError(3, "the other processes did not answer within two minutes "
+        raise data.CommandError(3, "the other processes did not answer in time "
                                    f"({str(error).splitlines()[0]}): start all of them with torchrun") from None
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(days=7))
@@ -1103,7 +1108,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.part = args.part or (8192 if args.device.startswith("cuda") else 256)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                       # torchrun
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):             # torchrun
         args.device = init_distributed(args.device)
     try:
         out = Path(args.out)
