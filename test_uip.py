@@ -2908,6 +2908,12 @@ def test_users_without_evidence_get_no_id(fitted, tiny, tmp_path):
         assert found["ids"][row].tolist() == [-1, -1] and found["probability"][row].tolist() == [0, 0]
         assert (np.delete(found["ids"], row, 0) >= 0).all()
     assert np.array_equal(arrays(tmp_path / "fit")["ids"], arrays(tmp_path / "new")["ids"])
+    data.write_data(tmp_path / "bare", "bare", shop._replace(attributes=[blank] * len(shop.items)),
+                    data.LAYOUTS["planted"])
+    for argv in (fit_args(tmp_path / "bare", tiny, tmp_path / "none"),
+                 infer_args(tmp_path / "fit", tmp_path / "bare", tiny, tmp_path / "none")):
+        code, said = code_of(argv)
+        assert code == 4 and "no training row of bare tells a text, so there is nothing to infer" in said
 
 
 def test_exact_users_tune_each_user(fitted, tiny, planted_folder, tmp_path, capsys):

@@ -889,6 +889,8 @@ def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, np.ndar
     rows = np.flatnonzero(train)
     texts = map(torch.from_numpy, data.row_texts(source, train, kinds))
     indptr, text = select_rows(*texts, torch.from_numpy(rows))
+    if not len(text):
+        raise ValueError(f"no training row of {source.name} tells a text, so there is nothing to infer IDs from")
     return rows, indptr.numpy(), text.numpy()
 
 
@@ -1040,11 +1042,11 @@ def command_infer(args) -> None:
                          "their codebook")
     args.tokens, without = settings["tokens"], settings["without"]
     args.reversed = without == "causality"
+    rows, indptr, text = training_texts(source, settings["kinds"])
     table = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, source.texts,
                        without if without in IN_TABLE else "", known=given / profiles.meta["table"])
     if rank_and_world_size()[0] > 0:
         return
-    rows, indptr, text = training_texts(source, settings["kinds"])
     by_user = indptr[np.searchsorted(source.user[rows], np.arange(len(source.users) + 1))]
     known, r = [], []
     for p, book in enumerate(profiles.books):
