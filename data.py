@@ -918,20 +918,18 @@ def price_text(code: int, price: float) -> str | None:
 
 def encode_catalogue(attributes: list[dict], prices: list[int]) -> tuple[list[str], list[int], np.ndarray, np.ndarray]:
     """Fields after `user`, their sizes (codes + 1), x int32 [I+1, F-1] and price float32 [I+1]; row 0 is unknown."""
-    columns, sizes = {"item": list(range(1, len(attributes) + 1))}, [len(attributes) + 1]
+    columns, sizes = {"item": range(len(attributes) + 1)}, [len(attributes) + 1]
     for field in ATTRIBUTES:
         values = sorted({item[field] for item in attributes if item.get(field) is not None})
         if values:
             codes = {value: code for code, value in enumerate(values, 1)}
-            columns[field] = [codes.get(item.get(field), 0) for item in attributes]
+            columns[field] = [0, *(codes.get(item.get(field), 0) for item in attributes)]
             sizes.append(len(values) + 1)
     if any(prices):
-        columns["price"] = prices
+        columns["price"] = [0, *prices]
         sizes.append(len(PRICE_WORDS) + 1)
-    x = np.zeros((len(attributes) + 1, len(columns)), np.int32)
-    x[1:] = np.array(list(columns.values()), np.int32).T
     price = np.array([None, *(item["price"] for item in attributes)], np.float32)  # None becomes NaN
-    return list(columns), sizes, x, price
+    return list(columns), sizes, np.column_stack(list(columns.values())).astype(np.int32), price
 
 
 def verdicts(item: np.ndarray, rating: np.ndarray, train: np.ndarray) -> np.ndarray:
