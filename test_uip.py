@@ -412,22 +412,20 @@ def films_archives(folder, users=1, films=1, ratings=1):
 def test_ml_100k_takes_all_rows_of_either_archive_and_refuses_others(tmp_path, monkeypatch):
     paths, command = films_archives(tmp_path, 943, 1682, 100_000), ["ml-100k", "--raw", str(tmp_path), "--out"]
     data.main([*command, str(tmp_path / "zip")])
-    paths[0].unlink()
-    monkeypatch.setattr(data, "download", lambda *_: (_ for _ in ()).throw(data.NetworkError("no route")))
-    data.main([*command, str(tmp_path / "whl")])
-    rows, others = (data.read_data(tmp_path / name) for name in ("zip", "whl"))
-    assert rows.meta["sha256"] == others.meta["sha256"]   # equal folders
+    rows, truth = data.read_data(tmp_path / "zip"), data.read_truth(tmp_path / "zip")
     assert rows.meta["parts"]["all"] == {"rows": 100_000, "users": 943, "items": 1682, "positives": 40_000}
     assert rows.fields == ["user", "item", "category", "era"] and rows.meta["kinds"]["title"] == 1682
     assert rows.texts[0] == ("title", "The Film 1") and rows.meta["raw"].keys() == {"ml-100k.zip"}
-    truth = data.read_truth(tmp_path / "zip")
     assert sorted(truth) == ["age", "gender", "n_train", "occupation", "users"] and truth["age"][0] == "0s"
     assert "science fiction" in told(rows, data.row_texts(rows, rows.part == 0, ["likes", "dislikes"]))[0]
     kinds = [{rows.texts[t][0] for t in rows.text[a:b]} for a, b in itertools.pairwise(rows.indptr)]
     assert all((kind == {"title", "likes"}) == liked for kind, liked in zip(kinds, rows.rating > 3))
+    zipped, wheel = (data.read_films(path)._replace(about={}) for path in films_archives(tmp_path, 3, 40, 99))
+    np.testing.assert_equal(wheel._asdict(), zipped._asdict())
 
-    films_archives(tmp_path)                                               # one rating only
-    assert exit_code([*command, str(tmp_path / "few")])[0] == 4
+    monkeypatch.setattr(data, "download", lambda *_: (_ for _ in ()).throw(data.NetworkError("no route")))
+    code, says = exit_code([*command, str(tmp_path / "few")])
+    assert code == 4 and f"{paths[1]}: (99, 3, 26) ratings, users and films" in says
     paths[1].write_bytes(b"PK no zip")
     code, says = exit_code([*command, str(tmp_path / "few")])
     assert code == 4 and "is not MovieLens-100K" in says
@@ -651,7 +649,7 @@ def test_pickles_of_anything_else_run_nothing(body, tmp_path, monkeypatch):
 
 def test_bombs_and_cut_files_end_in_an_error_in_little_memory(tmp_path):
     zeros, cut, newlines = (tmp_path / f"{name}.gz" for name in ("zeros", "cut", "newlines"))
-    zeros.write_bytes(gzip.compress(bytes(1 << 27), 1) + gzip.compress(bytes(1 << 27), 9))
+    zeros.write_bytes(gzip.compress(bytes(1 << 27)))
     newlines.write_bytes(gzip.compress(b"\n" * (1 << 22)))
     cut.write_bytes(gzip.compress(os.urandom(99_999))[:-9])
     before = data.peak_mb()
@@ -703,7 +701,7 @@ def fuzz_cases(tmp_path, rng):
         return path
 
     def to_folder(rows):
-        if rng.random() < 0.3:                                             # writing takes most of the time
+        if rng.random() < 0.15:                                            # writing takes most of the time
             data.write_data(tmp_path / "out", "fuzz", rows, data.LAYOUTS["nete"], 3)
             data.read_data(tmp_path / "out")
 
