@@ -751,17 +751,10 @@ except ImportError:                                                    # copied 
     data = None
 
 
-def write_table(folder: Path, arrays: dict[str, tuple[tuple, list]], meta: dict) -> None:
-    """A text table: NAME.npy for each array, {name: (shape, parts in order)}, and meta.json, which goes last."""
-    for name, (shape, parts) in arrays.items():
-        fresh, at = folder / f"{name}.npy.tmp", 0
-        file = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
-        for part in parts:
-            file[at:at + len(part)] = part
-            at += len(part)
-        file.flush()
-        del file
-        os.replace(fresh, folder / f"{name}.npy")
+def write_table(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """A text table: NAME.npy for each array, and meta.json, which goes last."""
+    for name, array in arrays.items():
+        data.write_atomically(folder / f"{name}.npy", lambda file: np.save(file, array))
     sample = {f"{name}.npy": data.sha256_of(folder / f"{name}.npy", sample=True) for name in arrays}
     data.write_json(folder / "meta.json", {**meta, "sample": sample})
 

@@ -1747,8 +1747,8 @@ def test_table_round_trip_and_evidence_of_a_profile(tmp_path):
     gradient, tokens = np.arange(T * 4, dtype=np.float32).reshape(T, 2, 2), np.ones(T, np.float32)
     tokens[source.texts.index(("title", "gift"))] = 0                  # a text without a token tells nothing
     (tmp_path / "table").mkdir()
-    codebook.write_table(tmp_path / "table", {"gradient": (gradient.shape, [gradient[:2], gradient[2:]]),
-                                              "tokens": ((T,), [tokens])},
+    codebook.write_table(tmp_path / "table", {"gradient": gradient,
+                                              "tokens": tokens},
                          {"identity": "x"})
     table, meta = codebook.read_table(tmp_path / "table")
     assert np.array_equal(table["gradient"], gradient) and meta["identity"] == "x"
@@ -2710,7 +2710,7 @@ def test_fit_writes_profiles_and_a_table(fitted, planted_folder):
     assert ari(found["ids"][:, 1], truth["background"]) > 0.5          # the random LLM has one layer and reads bytes
     for entry in meta["trace"].values():
         assert never_falls(entry["log_likelihood"]) and entry["F"] == [] and sum(entry["usage"]) == 60
-    assert meta["table"] == "table" and meta["lm"] == table["lm"] and table["scored"] == 332
+    assert meta["table"] == "table" and meta["lm"] == table["lm"] and table["value_tokens"] > 332
     assert codebook.read_table(fitted / "table")[0]["gradient"].shape == (332, 2, 16)
     assert not list(fitted.rglob("*_[0-9]*.npz")) and not (fitted / ".lock").exists()
     assert codebook.read_profiles(fitted).books[0].pi.sum() == pytest.approx(1)
@@ -2741,7 +2741,13 @@ def test_infer_on_the_same_users_gives_the_same_codes_without_the_lm(fitted, tin
     assert all(np.array_equal(new[name], old[name]) for name in old if name[-2:] in ("_0", "_1"))
     meta = meta_of(tmp_path)
     assert meta["command"] == "infer" and meta["settings"] == meta_of(fitted)["settings"]
-    assert meta_of(tmp_path / "table")["scored"] == 0
+    assert not (tmp_path / "table").exists()
+
+
+def uip_model(lm, folder):
+    """The LLM of a folder, and the layout of a data folder."""
+    lm, tokenizer = uip.load_lm(str(lm))
+    return lm, uip.Layout.build(data.read_data(folder).layout, tokenizer)
 
 
 def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, monkeypatch):
@@ -2754,14 +2760,16 @@ def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, mon
         return honest(lm, layout, texts, *args, **kwargs)
     monkeypatch.setattr(uip, "score_texts", watched)
     uip.main(infer_args(fitted, tmp_path / "data", tiny, tmp_path / "new"))
-    assert 0 < len(fresh) < len(texts) and scored == fresh and meta_of(tmp_path / "new/table")["scored"] == len(fresh)
-    uip.main(fit_args(tmp_path / "data", tiny, tmp_path / "fit"))
-    want, found = (codebook.read_table(tmp_path / name / "table")[0] for name in ("fit", "new"))
-    for name in want:
-        assert_close(torch.from_numpy(np.array(found[name])), torch.from_numpy(np.array(want[name])))
+    assert 0 < len(fresh) < len(texts) and scored == fresh
+    known = Path(shutil.copytree(fitted, tmp_path / "all known"))      # IDs as of a table that holds all texts
+    meta, table = meta_of(known / "table"), uip.score_texts(*uip_model(tiny, planted_folder), texts)
+    data.write_text(known / "table/texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
+    codebook.write_table(known / "table", {name: array.numpy() for name, array in table._asdict().items()}, meta)
+    uip.main(infer_args(known, tmp_path / "data", tiny, tmp_path / "same"))
+    assert np.array_equal(arrays(tmp_path / "same")["ids"], arrays(tmp_path / "new")["ids"])
     assert (arrays(tmp_path / "new")["ids"] >= 0).all() and len(arrays(tmp_path / "new")["ids"]) == 20
-    uip.main(infer_args(tmp_path / "new", tmp_path / "data", tiny, tmp_path / "newer"))     # from what infer wrote
-    assert np.array_equal(arrays(tmp_path / "newer")["ids"], arrays(tmp_path / "new")["ids"])
+    code, said = code_of(infer_args(tmp_path / "new", tmp_path / "data", tiny, tmp_path / "newer"))
+    assert code == 2 and "was made by infer" in said
 
 
 def test_users_without_evidence_get_no_id(fitted, tiny, tmp_path):
@@ -2949,7 +2957,7 @@ def test_half_an_infer_run_is_not_continued_from_other_profiles(fitted, tiny, pl
     uip.main(fit_args(tmp_path / "two", tiny, tmp_path / "fit two"))
     half_a_run(monkeypatch, infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"), 2)
     code, said = code_of(infer_args(tmp_path / "fit two", tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
-    assert code == 2 and "known: " in said
+    assert code == 2 and "texts: " in said
     uip.main(infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
 
 
@@ -3055,7 +3063,7 @@ def test_two_processes_give_what_one_gives(fitted, tiny, planted_folder, tmp_pat
     run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "two", "--part", "16", *more)],
                          capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("per-user tuning" if more else "332 of 332 texts to score") == 1
+    assert run.stdout.count("per-user tuning" if more else "332 texts to score") == 1
     single, double = arrays(one), arrays(tmp_path / "two")
     assert np.array_equal(single["ids"], double["ids"]) and np.array_equal(single["users"], double["users"])
     assert np.allclose(single["pi_0"], double["pi_0"], atol=1e-4)
@@ -3269,7 +3277,7 @@ def write_fake_profiles(folder, source, seed=0, lm="fake"):
               "hidden": bag[:, 48:56],
               "reversed": bag[:, 44:].reshape(-1, 2, 8)}
     (folder / "table").mkdir(parents=True)
-    codebook.write_table(folder / "table", {name: (a.shape, [a]) for name, a in arrays.items()},
+    codebook.write_table(folder / "table", arrays,
                          {"identity": {"lm": lm, "seed": seed}})
     data.write_json(folder / "meta.json", {
         "settings": {"codes": [4, 3], "without": "", "kinds": None}, "table": "table", "lm": {"name": lm},

@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
@@ -322,7 +323,7 @@ def run_batches(lengths: list[int], budget: int, run) -> None:
 
 
 def rows_by_view(layout: Layout, texts: list[tuple[str, str]]):
-    """Yields per view: indices of its texts, a row each, the layout of the profiles that they see, and which these are."""
+    """Yields per view: indices of its texts, a row each, the layout of the profiles that they see, and which."""
     groups = {}
     for i, (kind, _) in enumerate(texts):
         groups.setdefault(layout.kind(kind)[1] if layout.own_names else (True,) * len(layout.names), []).append(i)
@@ -795,83 +796,63 @@ class Model:
         return self.loaded
 
 
-def text_table(args, model: Model, folder: Path, *texts, **how) -> dict[str, np.ndarray]:
+def table_identity(args, layout_spec: dict, texts: list[tuple[str, str]], without: str) -> dict:
+    """What the values of a text table depend on."""
+    lm = lm_identity(args.lm, without == "pretraining")
+    return json.loads(json.dumps({
+        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens, "without": without,
+        "lm": {key: lm[key] for key in ("fingerprint", "weights") if key in lm},
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}))
+
+
+def text_table(args, model: Model, folder: Path, *texts) -> dict[str, np.ndarray]:
     """make_table, where no other run makes a table in the same folder at the same time."""
-    if rank_and_world_size()[0] > 0:
-        return make_table(args, model, folder, *texts, **how)
-    with data.exclusive_lock(folder / ".lock"):
-        return make_table(args, model, folder, *texts, **how)
+    with nullcontext() if rank_and_world_size()[0] > 0 else data.exclusive_lock(folder / ".lock"):
+        return make_table(args, model, folder, *texts)
 
 
-def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]], without: str,
-               known: Path | None = None) -> dict[str, np.ndarray]:
+def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]],
+               without: str) -> dict[str, np.ndarray]:
     """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
 
-    known: a table of the same LLM and layout, whose texts are not computed again (infer). The array "reversed" is
-    made where it is asked for (args.reversed).
+    The array "reversed" is made where it is asked for (args.reversed).
     """
-    lines = [json.dumps([kind, text], ensure_ascii=False) for kind, text in texts]
-    identity = json.loads(json.dumps({
-        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens, "without": without,
-        "lm": {key: value for key, value in lm_identity(args.lm, without == "pretraining").items()
-               if key in ("fingerprint", "weights")}, "texts": hashlib.sha256("\n".join(lines).encode()).hexdigest()}))
-    log = print if rank_and_world_size()[0] == 0 else lambda text: None
+    identity, first = table_identity(args, layout_spec, texts, without), rank_and_world_size()[0] == 0
+    log, leftovers = print if first else lambda text: None, lambda: folder.glob("*_[0-9]*.npz")
     if (folder / "meta.json").exists():
         try:
             arrays, meta = read_table(folder)
-            if rank_and_world_size()[0] == 0:
-                for part in folder.glob("*_[0-9]*.npz"):               # left by a run killed after meta.json
-                    part.unlink()
+            for part in leftovers() if first else ():                  # of a run killed behind meta.json
+                part.unlink()
             if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
                 log(f"text table of {len(texts)} texts: up to date")
                 return arrays
         except ValueError as error:
             log(f"the text table is made again: {error}")
-    old, row_of = None, {}
-    if known is not None:
-        old, meta = read_table(known)
-        if {**meta["identity"], "texts": ""} != {**identity, "texts": ""}:
-            raise ValueError(f"{known} was made with another LLM or layout: IDs mean something only with the LLM and "
-                             "the layout of their codebook")
-        row_of = {line: row for row, line in enumerate((known / "texts.txt").read_text(encoding="utf-8").split("\n"))}
-    new = [i for i, line in enumerate(lines) if line not in row_of]
-    if rank_and_world_size()[0] == 0:
+    if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "meta.json").unlink(missing_ok=True)
-        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
-                              "known": meta["identity"]["texts"] if known is not None else None}, args.restart)
+        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype}, args.restart)
     barrier()
-    began, pieces = time.time(), [new[i:i + args.part] for i in range(0, len(new), args.part)]
-    fields, parts = TextTable._fields + ("reversed",) * args.reversed, [[] for _ in pieces]
-    if new:
-        lm, tokenizer = model.get()
-        layout = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without)
-        log(f"text table: {len(new)} of {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
-        backwards = lambda *texts, **how: [score_reversed(*texts, **how)]
-        for name, score in [("texts", score_texts), ("reversed", backwards)][:2 if args.reversed else 1]:
-            bar = tqdm(total=len(new), desc=name, unit="text", delay=2, disable=rank_and_world_size()[0] > 0)
-            bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"{name}_{i:05d}.npz").exists()))
-            found = all_parts(folder, name, pieces, lambda piece: score(
-                lm, layout, [texts[i] for i in piece], budget=args.budget or auto_budget(lm), tick=bar.update))
-            bar.close()
-            parts = [one + two for one, two in zip(parts, found)]
-    if rank_and_world_size()[0] == 0:
-        where = {i: (part, row) for part, piece in zip(parts, pieces) for row, i in enumerate(piece)}
-        arrays = {}
-
-        def merged(a: int, name: str):
-            for i, line in enumerate(lines):
-                part, row = where[i] if i in where else (None, row_of[line])
-                yield (old[name] if part is None else part[a])[row:row + 1]
-
-        for a, name in enumerate(fields):
-            shape = (parts[0][a] if parts else old[name]).shape[1:]
-            arrays[name] = (len(texts), *shape), [part[a] for part in parts] if old is None else merged(a, name)
-        data.write_text(folder / "texts.txt", "\n".join(lines))
+    lm, tokenizer = model.get()
+    layout, began = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without), time.time()
+    log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
+    pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}
+    backwards = lambda *texts, **how: [score_reversed(*texts, **how)]
+    scorers = [("texts", score_texts, TextTable._fields), ("reversed", backwards, ["reversed"])]
+    for name, score, fields in scorers[:2 if args.reversed else 1]:
+        bar = tqdm(total=len(texts), desc=name, unit="text", delay=2, disable=not first)
+        bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"{name}_{i:05d}.npz").exists()))
+        parts = all_parts(folder, name, pieces, lambda piece: score(
+            lm, layout, piece, budget=args.budget or auto_budget(lm), tick=bar.update))
+        bar.close()
+        arrays |= {field: np.concatenate(columns) for field, columns in zip(fields, zip(*parts))}
+    if first:
+        data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
         write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, without == "pretraining"),
-                                     "seconds": round(time.time() - began, 1), "scored": len(new),
-                                     "value_tokens": float(sum(part[1].sum() for part in parts))})
-        for part in folder.glob("*_[0-9]*.npz"):
+                                     "seconds": round(time.time() - began, 1),
+                                     "value_tokens": float(arrays["tokens"].sum())})
+        for part in leftovers():
             part.unlink()
     barrier()
     return read_table(folder)[0]
@@ -1037,16 +1018,31 @@ def command_infer(args) -> None:
     if settings["exact_users"] or settings["exact_rounds"]:
         raise data.CommandError(2, f"{given} was made with --exact-users or --exact-rounds, which have no "
                                    "closed form for new users: fit without them")
+    if "table" not in profiles.meta:
+        raise data.CommandError(2, f"{given} was made by infer: pass the folder that fit made")
     if profiles.meta["layout"] != source.layout:
         raise ValueError(f"{given} and {args.data} have different layouts: IDs mean something only with the texts of "
                          "their codebook")
     args.tokens, without = settings["tokens"], settings["without"]
     args.reversed = without == "causality"
     rows, indptr, text = training_texts(source, settings["kinds"])
-    table = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, source.texts,
-                       without if without in IN_TABLE else "", known=given / profiles.meta["table"])
+    in_table = without if without in IN_TABLE else ""
+    known = given / profiles.meta["table"]
+    table, about = read_table(known)
+    if {**about["identity"], "texts": ""} != {**table_identity(args, source.layout, [], in_table), "texts": ""}:
+        raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
+                         "layout of their codebook")
+    with open(known / "texts.jsonl", encoding="utf-8") as lines:
+        row_of = {tuple(json.loads(line)): row for row, line in enumerate(lines)}
+    new = [text for text in source.texts if text not in row_of]
+    if new:
+        row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
+        fresh = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, new, in_table)
+        table = {name: np.concatenate([table[name], fresh[name]]) for name in fresh}
     if rank_and_world_size()[0] > 0:
         return
+    rows_of_texts = [row_of[text] for text in source.texts]
+    table = {name: array[rows_of_texts] for name, array in table.items()}
     by_user = indptr[np.searchsorted(source.user[rows], np.arange(len(source.users) + 1))]
     known, r = [], []
     for p, book in enumerate(profiles.books):
@@ -1062,7 +1058,7 @@ def command_infer(args) -> None:
     probability = np.where(known, torch.stack([one.max(1).values for one in r], 1).numpy(), 0)
     write_profiles(out, profiles._replace(users=source.users, ids=ids, probability=probability, meta={
         **{key: profiles.meta[key] for key in ("settings", "layout", "lm")}, "command": "infer", "data": source.name,
-        "data_sha256": source.meta["sha256"], "table": "table", "code_sha256": data.sha256_of(Path(__file__)),
+        "data_sha256": source.meta["sha256"], "code_sha256": data.sha256_of(Path(__file__)),
         "run": data.run_facts(began, "uip.py")}))
     print(f"IDs of {len(ids)} users in {out}: {int((ids < 0).any(1).sum())} of them without evidence")
 
