@@ -399,7 +399,8 @@ def fit_codes(book: Codebook, z: Tensor, n: Tensor, k: int, seed: int = 0, witho
 
 @torch.no_grad()
 def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16,
-                 most_users: int = 8192, seed: int = 0, without: str = "") -> tuple[Codebook, Tensor, Tensor]:
+                 most_users: int = 8192, seed: int = 0, without: str = "",
+                 half: Tensor | None = None) -> tuple[Codebook, Tensor, Tensor]:
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
@@ -407,10 +408,12 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     users with two halves, prior and codes on four times as many (users must come in no meaningful order). without:
     "signal"
     (principal components instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
+    half: split_halves(user, item), where several profiles share it.
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
     indptr, text, value, weight = evidence
-    halves = group_texts(indptr, text, 2 * user + split_halves(user, item), 2 * users)      # CSR by (user, half)
+    half = split_halves(user, item) if half is None else half
+    halves = group_texts(indptr, text, 2 * user + half, 2 * users)     # CSR by (user, half)
     n_half = sum_texts(*halves, weight[:, None].float()).reshape(users, 2).double()
     n = n_half.sum(1)
     if not (n > 0).any():
@@ -454,12 +457,13 @@ def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
     """
     value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1).float()
     ids, sure, begin = torch.empty_like(user), torch.empty_like(user, dtype=torch.float32), 0
+    small = book._replace(**{name: getattr(book, name).float() for name in ("noise", "prior", "pi", "mu", "spread")})
     while begin < len(user):
         end = int(torch.searchsorted(user, user[min(begin + rows, len(user)) - 1], right=True))
         pointer = evidence.indptr[begin:end + 1]
         sums = sum_texts(pointer - pointer[0], evidence.text[pointer[0]:pointer[-1]], value).double()
-        both = sums_before(sums, user[begin:end], seen[begin:end])
-        sure[begin:end], code = responsibilities(book, both[:, :-1], both[:, -1]).max(1)
+        both = sums_before(sums, user[begin:end], seen[begin:end]).float()
+        sure[begin:end], code = responsibilities(small, both[:, :-1], both[:, -1]).max(1)
         ids[begin:end] = torch.where(both[:, -1] > 0, code, -1)
         begin = end
     return ids, sure

@@ -446,7 +446,7 @@ class Fitted(NamedTuple):
 
 def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16, seed: int = 0,
         without: str = "", rounds: int = 0, lr: float = 0.02, score=None, start: Tensor | None = None,
-        log=print) -> Fitted:
+        half: Tensor | None = None, log=print) -> Fitted:
     """EM for one profile (paper, inference and quantisation modules).
 
     evidence: texts of R rows with their gradients as values and value tokens as weights; user, item: [R], sorted by
@@ -454,7 +454,8 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
     which score(prompt [m·d]) gives (nll [T], gradient [T, m·d]) of all texts, and start [m·d] is θ⁰. A step that
     would lower F is taken back and halved.
     """
-    book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without)
+    book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without,
+                              half=half)
     r = responsibilities(book, z, n)
     if not rounds:
         return Fitted(book, r, z, n, [], None)
@@ -682,7 +683,7 @@ def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Ten
 try:
     import data
     from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, profile_evidence, read_profiles,
-                          read_table, select_rows, write_profiles, write_table)
+                          read_table, select_rows, split_halves, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -895,13 +896,13 @@ def command_fit(args) -> None:
         return
     trace = {}
     if not args.exact_users:
-        fitted = []
+        fitted, half = [], split_halves(user, item)
         for p, (name, k) in enumerate(zip(names, codes)):
             evidence = profile_evidence(source, table, indptr, text, p, args.without)
             score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
             start = shared_prompt(model.get()[0], args.tokens).flatten() if args.exact_rounds else None
             found = fit(evidence, user, item, len(source.users), k, directions=args.directions, seed=args.seed,
-                        without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start)
+                        without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start, half=half)
             fitted.append(found)
             trace[name] = report_fit(name, found, args.guide)
         known = torch.stack([one.n > 0 for one in fitted], 1).numpy()

@@ -355,11 +355,12 @@ def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False
         item, seen = (torch.from_numpy(column).long().to(device)
                       for column in (source.x[:, 1], ctr.rows_seen(source, source.part, "warm")))
         indptr, text = stage("evidence", lambda: data.row_texts(source, train))
+        half = stage("fit_codebook", lambda: codebook.split_halves(user[rows], item[rows]))
         for p, k in enumerate((4, 3)):
             evidence = stage("evidence", lambda: on(device, profile_evidence(source, table, indptr, text, p, "")))
             own = stage("evidence", lambda: evidence._replace(**dict(zip(
                 ("indptr", "text"), select_rows(evidence.indptr, evidence.text, rows)))))
-            book, z, n = stage("fit_codebook", lambda: fit_codebook(own, user[rows], item[rows], users, k))
+            book, z, n = stage("fit_codebook", lambda: fit_codebook(own, user[rows], item[rows], users, k, half=half))
             r = stage("IDs of users", lambda: responsibilities(book, z, n))
             codes.append(torch.where(n > 0, r.argmax(1) + 1, 0).cpu().numpy())
             probability.append(r.max(1).values.cpu().numpy())
