@@ -4,8 +4,8 @@
 #   bash reproduce.sh                 the demo: planted users whose true profiles are known; with a GPU then `full`
 #   bash reproduce.sh seeds           the demo's shop with two other data seeds, and the null shop without profiles
 #   bash reproduce.sh ablations       the demo's shop with parts of the method left out, and with other codebook sizes
-#   bash reproduce.sh small           real data: MovieLens-100K, new and warm users, labels liked and chosen
-#   bash reproduce.sh full            the same for the data sets of SETS, by default the paper's three of Amazon
+#   bash reproduce.sh small           real data: all tables for MovieLens-100K
+#   bash reproduce.sh full            all tables for the data sets of SETS, by default the paper's three of Amazon
 #   bash reproduce.sh test [ARG …]    the fast tests; further words go to pytest (-m slow: the slow ones)
 #   bash reproduce.sh --help          this text
 #
@@ -201,9 +201,15 @@ PAGES="$Q results/report.py --results $RESULTS"    # makes all pages from the re
 [ "$RESULTS" = results ] || PAGES="$PAGES --readme $RESULTS/none"
 ALL=none,random,shuffled,stats,gap,untuned,bag,userip,stats+userip
 
-# real NAME "ARGUMENTS of data.py": one text table, then new and warm users, with the labels liked and chosen
+clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES]: click models of the data set RUN, paired with all others
+  stage "$1" "ctr.py codebook.py" "${4:-profiles}" "$2/runs.jsonl" \
+    "$Q ctr.py run --data runs/$RUN/data --profiles runs/$RUN/${4:-profiles} $3 $CLICK --device $DEVICE --out $2 \$FRESH"
+}
+
+# real NAME "ARGUMENTS of data.py": one text table, then new and warm users, with the labels liked and chosen; then new
+# users with parts of the method left out, with other codebook sizes, and with titles alone
 real() {
-  local d=runs/$1 r=$RESULTS/$1 protocol label seeds
+  local d=runs/$1 r=$RESULTS/$1 protocol label seeds models part k one="--protocol new --features userip --seeds ${SEEDS:-2}"
   local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
   export RUN=$1
   environment
@@ -215,14 +221,27 @@ real() {
   for label in liked chosen; do
     for protocol in new warm; do
       case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac      # intervals of new are over folds, of warm over seeds
-      stage "$protocol-$label" "ctr.py codebook.py" profiles "$r-$protocol-$label/runs.jsonl" \
-        "$Q ctr.py run --data $d/data --profiles $d/profiles --protocol $protocol --label $label --features $features \
-         --seeds ${SEEDS:-$seeds} $CLICK --device $DEVICE --out $r-$protocol-$label \$FRESH"
+      case $label in liked) models=deepfm,lr,fm,dcn ;; *) models=deepfm ;; esac
+      clicks "$protocol-$label" "$r-$protocol-$label" \
+        "--protocol $protocol --label $label --features $features --models $models --seeds ${SEEDS:-$seeds}"
       stage "$protocol-$label-table" "ctr.py results/report.py" "$protocol-$label" \
         "$r-$protocol-$label/table.md" "$PAGES"
       cat "$r-$protocol-$label/table.md"
     done
   done
+  for part in em kmeans signal; do clicks "without-$part" "$r-new-liked-without-$part" "$one --without $part"; done
+  clicks without-unsure "$r-new-liked-without-unsure" "$one --sure 0.5"
+  clicks without-time "$r-warm-liked-without-time" \
+    "--protocol warm --features userip --seeds ${SEEDS:-5} --without time"
+  for k in 2 4 16 32; do clicks "codes-$k" "$r-new-liked-codes-$k" "$one --codes $k,$k"; done
+  case $2 in nete:*) ;; *) clicks titles "$r-titles-new-liked" \
+    "--protocol new --features none,untuned,reversed,bag,userip --seeds ${SEEDS:-2} --kinds title" ;; esac
+  for part in views mask pretraining; do
+    stage "profiles-$part" "uip.py codebook.py" "lm data" "$d/profiles-$part/profiles.npz" \
+      "$EM fit --data $d/data --out $d/profiles-$part --codes $CODES --without $part $ARGS"
+    clicks "without-$part" "$r-new-liked-without-$part" "$one" "profiles-$part"
+  done
+  stage tables "ctr.py results/report.py" "without-$part" "$RESULTS/README.md" "$PAGES"
 }
 CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
 
