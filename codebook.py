@@ -68,13 +68,14 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
 
     Both are moved by the centroids' mean first: |x|² − 2xc + |c|² cancels badly far from 0.
     """
-    shift = centroids.double().mean(0)
+    shift = centroids.double().mean(0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
     c, ids, distances = (centroids - shift).float(), [], []
     half = 0.5 * c.square().sum(1)                                     # (K,)
     for part in x.split(chunk or rows_per_chunk(x)):
         part = (part - shift).float()                                  # (n, d)
         ids.append(nearest(part, c, half))
-        distances.append((part - c[ids[-1]]).square().sum(1))
+        part -= c[ids[-1]]
+        distances.append(torch.linalg.vector_norm(part, dim=1).square())
     return torch.cat(ids), torch.cat(distances)
 
 
