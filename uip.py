@@ -17,6 +17,7 @@ Read on in this order: Layout → pack, collate (mask) → nll (likelihood) → 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -692,6 +693,11 @@ IN_TABLE = ("views", "mask", "pretraining")                            # ablatio
 IN_QUANTISER = ("em", "kmeans", "signal")                              # … that change what follows
 
 
+def in_table(without: str) -> str:
+    """The ablation as far as the text table knows of it."""
+    return without if without in IN_TABLE else ""
+
+
 def lm_identity(name: str, random: bool = False) -> dict:
     """Which LLM it is, without loading it.
 
@@ -784,17 +790,9 @@ def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
     data.write_json(path, settings)
 
 
-class Model:
-    """The LLM, loaded when it is first needed: a finished text table needs none."""
-
-    def __init__(self, args, random: bool = False):
-        self.args, self.random, self.loaded = args, random, None
-
-    def get(self):
-        """(lm, tokenizer)"""
-        if self.loaded is None:
-            self.loaded = load_lm(self.args.lm, self.args.dtype, self.args.device, self.random)
-        return self.loaded
+def lm_when_needed(args, without: str):
+    """A function that loads the LLM once, when it is first called: a finished text table needs none."""
+    return functools.cache(lambda: load_lm(args.lm, args.dtype, args.device, random=without == "pretraining"))
 
 
 def table_identity(args, layout_spec: dict, texts: list[tuple[str, str]], without: str) -> dict:
@@ -806,13 +804,13 @@ def table_identity(args, layout_spec: dict, texts: list[tuple[str, str]], withou
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}))
 
 
-def text_table(args, model: Model, folder: Path, *texts) -> dict[str, np.ndarray]:
+def text_table(args, model, folder: Path, *texts) -> dict[str, np.ndarray]:
     """make_table, where no other run makes a table in the same folder at the same time."""
     with nullcontext() if rank_and_world_size()[0] > 0 else data.exclusive_lock(folder / ".lock"):
         return make_table(args, model, folder, *texts)
 
 
-def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]],
+def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]],
                without: str) -> dict[str, np.ndarray]:
     """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
 
@@ -835,7 +833,7 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
         (folder / "meta.json").unlink(missing_ok=True)
         claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype}, args.restart)
     barrier()
-    lm, tokenizer = model.get()
+    lm, tokenizer = model()
     layout, began = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without), time.time()
     log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
     pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}
@@ -859,12 +857,6 @@ def make_table(args, model: Model, folder: Path, layout_spec: dict, texts: list[
     return read_table(folder)[0]
 
 
-def parse_codes(codes: list[int], profiles: list[str]) -> list[int]:
-    if len(codes) != len(profiles):
-        raise data.CommandError(2, f"--codes: {len(codes)} numbers for {len(profiles)} profiles, {', '.join(profiles)}")
-    return codes
-
-
 def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The training rows [r], and the texts that they tell as a CSR: indptr [r + 1], text [nnz]."""
     train = source.part == 0
@@ -884,30 +876,30 @@ def command_fit(args) -> None:
                                    f"which --without {args.without} replaces")
     args.reversed = args.reversed or args.without == "causality"
     names = list(source.layout["profiles"])
-    codes, (rows, indptr, text) = parse_codes(args.codes, names), training_texts(source, args.kinds)
+    if len(args.codes) != len(names):
+        raise data.CommandError(2, f"--codes: {len(args.codes)} numbers for {len(names)} profiles, {', '.join(names)}")
+    rows, indptr, text = training_texts(source, args.kinds)
     user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
-    model = Model(args, random=args.without == "pretraining")
+    model = lm_when_needed(args, args.without)
     if args.exact_users:
-        ids, probability, books = exact_users(args, model, source, indptr, text, user, codes, out)
+        ids, probability, books = exact_users(args, model, source, indptr, text, user, out)
     else:
         table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts,
-                           args.without if args.without in IN_TABLE else "")
+                           in_table(args.without))
     if rank_and_world_size()[0] > 0:
         return
     trace = {}
     if not args.exact_users:
         fitted, half = [], split_halves(user, item)
-        for p, (name, k) in enumerate(zip(names, codes)):
+        for p, (name, k) in enumerate(zip(names, args.codes)):
             evidence = profile_evidence(source, table, indptr, text, p, args.without)
             score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
-            start = shared_prompt(model.get()[0], args.tokens).flatten() if args.exact_rounds else None
+            start = shared_prompt(model()[0], args.tokens).flatten() if args.exact_rounds else None
             found = fit(evidence, user, item, len(source.users), k, directions=args.directions, seed=args.seed,
                         without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start, half=half)
             fitted.append(found)
             trace[name] = report_fit(name, found, args.guide)
-        known = torch.stack([one.n > 0 for one in fitted], 1).numpy()
-        ids = np.where(known, torch.stack([one.r.argmax(1) for one in fitted], 1).numpy(), -1)
-        probability = np.where(known, torch.stack([one.r.max(1).values for one in fitted], 1).numpy(), 0)
+        ids, probability = most_probable([one.r for one in fitted], [one.n for one in fitted])
         books = [one.book for one in fitted]
     keys = ("codes", "directions", "tokens", "seed", "without", "kinds", "exact_rounds", "exact_users")
     write_profiles(out, Profiles(source.users, ids, probability, names, books, {
@@ -916,6 +908,14 @@ def command_fit(args) -> None:
         "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
         "table": os.path.relpath(args.table or out / "table", out), "code_sha256": data.sha256_of(Path(__file__)),
         "run": data.run_facts(began, "uip.py")}))
+
+
+def most_probable(r: list[Tensor], n: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """IDs [N, P], −1 without evidence, and their probability, from each profile's responsibilities and evidence."""
+    known = torch.stack(n, 1) > 0
+    best = [one.max(1) for one in r]
+    ids, probability = (torch.stack([getattr(one, name) for one in best], 1) for name in ("indices", "values"))
+    return torch.where(known, ids, -1).numpy(), torch.where(known, probability, 0).numpy()
 
 
 def report_fit(name: str, found: Fitted, guide: bool) -> dict:
@@ -942,14 +942,13 @@ def report_fit(name: str, found: Fitted, guide: bool) -> dict:
     return entry
 
 
-def prompt_scorer(args, model: Model, source, evidence: Evidence, p: int):
+def prompt_scorer(args, model, source, evidence: Evidence, p: int):
     """score(prompt [m·d]) → (nll [T], gradient [T, m·d]) of the texts that speak for profile p.
 
     The other profiles are at θ⁰.
     """
-    lm, tokenizer = model.get()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens,
-                          without=args.without if args.without in IN_TABLE else "")
+    lm, tokenizer = model()
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
     used = torch.unique(evidence.text)
     theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
     bar = tqdm(desc="exact rounds", total=len(used) * args.codes[p] * (args.exact_rounds + 1), unit="text", delay=2)
@@ -965,12 +964,10 @@ def prompt_scorer(args, model: Model, source, evidence: Evidence, p: int):
     return score
 
 
-def exact_users(args, model: Model, source, indptr: np.ndarray, text: np.ndarray, user: Tensor, codes: list[int],
-                out: Path):
+def exact_users(args, model, source, indptr: np.ndarray, text: np.ndarray, user: Tensor, out: Path):
     """IDs by per-user prompt tuning and k-means, the reference for small sets: ids and probability [N, P], books."""
-    lm, tokenizer = model.get()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens,
-                          without=args.without if args.without in IN_TABLE else "")
+    lm, tokenizer = model()
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
     N, P = len(source.users), len(layout.names)
     by_user = indptr[np.searchsorted(user.numpy(), np.arange(N + 1))]
     active = [u for u in range(N) if by_user[u] < by_user[u + 1]]
@@ -995,7 +992,7 @@ def exact_users(args, model: Model, source, indptr: np.ndarray, text: np.ndarray
         total = sum(float(part[1].sum()) for part in parts)
         print(f"per-user tuning: −log P(B|θ) {total:.2f} over {len(active)} users")
     ids, books, blank = np.full((N, P), -1), [], torch.zeros(0, dtype=torch.float64)
-    for p, k in enumerate(codes):
+    for p, k in enumerate(args.codes):
         found = kmeans(theta[:, p], min(k, len(active)), generator=torch.Generator().manual_seed(args.seed))
         ids[active, p] = found.ids.numpy()
         share = torch.bincount(found.ids, minlength=len(found.centroids)).double() / len(active)
@@ -1027,10 +1024,10 @@ def command_infer(args) -> None:
     args.tokens, without = settings["tokens"], settings["without"]
     args.reversed = without == "causality"
     rows, indptr, text = training_texts(source, settings["kinds"])
-    in_table = without if without in IN_TABLE else ""
     known = given / profiles.meta["table"]
     table, about = read_table(known)
-    if {**about["identity"], "texts": ""} != {**table_identity(args, source.layout, [], in_table), "texts": ""}:
+    needed = table_identity(args, source.layout, [], in_table(without))
+    if {**about["identity"], "texts": ""} != {**needed, "texts": ""}:
         raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
                          "layout of their codebook")
     with open(known / "texts.jsonl", encoding="utf-8") as lines:
@@ -1038,25 +1035,24 @@ def command_infer(args) -> None:
     new = [text for text in source.texts if text not in row_of]
     if new:
         row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
-        fresh = text_table(args, Model(args, random=without == "pretraining"), out / "table", source.layout, new, in_table)
+        fresh = text_table(args, lm_when_needed(args, without), out / "table", source.layout, new,
+                           in_table(without))
         table = {name: np.concatenate([table[name], fresh[name]]) for name in fresh}
     if rank_and_world_size()[0] > 0:
         return
     rows_of_texts = [row_of[text] for text in source.texts]
     table = {name: array[rows_of_texts] for name, array in table.items()}
     by_user = indptr[np.searchsorted(source.user[rows], np.arange(len(source.users) + 1))]
-    known, r = [], []
+    total, r = [], []
     for p, book in enumerate(profiles.books):
         evidence = profile_evidence(source, table, by_user, text, p, without)
         n = sum_texts(evidence.indptr, evidence.text, evidence.weight.double()[:, None])[:, 0]
         z = sum_texts(evidence.indptr, evidence.text, book.project(evidence.value, evidence.weight))
         r.append(responsibilities(book, z, n))
-        known.append(n > 0)
-    known = torch.stack(known, 1).numpy()
-    if not known.any():
+        total.append(n)
+    if not any(n.any() for n in total):
         raise ValueError(f"{args.data}: no user has evidence, so there is nothing to infer IDs from")
-    ids = np.where(known, torch.stack([one.argmax(1) for one in r], 1).numpy(), -1)
-    probability = np.where(known, torch.stack([one.max(1).values for one in r], 1).numpy(), 0)
+    ids, probability = most_probable(r, total)
     write_profiles(out, profiles._replace(users=source.users, ids=ids, probability=probability, meta={
         **{key: profiles.meta[key] for key in ("settings", "layout", "lm")}, "command": "infer", "data": source.name,
         "data_sha256": source.meta["sha256"], "code_sha256": data.sha256_of(Path(__file__)),
