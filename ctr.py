@@ -2,7 +2,7 @@
 
     python ctr.py run --data DIR --profiles DIR --protocol new --label liked --models deepfm
                       --features none,stats,userip --out DIR
-    python ctr.py table DIR… [--out FILE]                            Markdown tables of the runs, with intervals
+    python ctr.py table DIR…                                         Markdown tables of the runs, with intervals
 
 Every row sees only its user's past (a point-in-time join): a training row the rows before it; in `warm`, validation and
 test rows the user's training rows. Every extra feature is one or more categorical fields, all as of the same moment,
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,8 +45,7 @@ from tqdm import tqdm
 def uniform(rows: int, columns: int, bound: float) -> Tensor:
     """[rows, columns] in ±bound, row by row from a seed of its own: one draw of torch's global generator.
 
-    So two models built after the same `torch.manual_seed`, one with more fields at the end, draw the same
-    numbers for the fields they share: what differs between two feature sets of one seed is the features.
+    So two models of one `torch.manual_seed`, one with more fields at the end, draw equal numbers for shared fields.
     """
     generator = torch.Generator().manual_seed(int(torch.randint(2 ** 62, ())))
     return (torch.rand(rows, columns, generator=generator) * 2 - 1) * bound
@@ -54,8 +54,8 @@ def uniform(rows: int, columns: int, bound: float) -> Tensor:
 class Fields(nn.Module):
     """One embedding table for all fields; a value outside its field (new, negative) reads the field's row 0.
 
-    Weights start in ±0.01: FM's factors must not be 0, which is a saddle point, and must be small, because a
-    value seen once keeps nearly what it started with and should add nothing to the logit.
+    Weights start in ±0.01: FM's factors must not be 0, which is a saddle point, but a value that was seen once keeps
+    nearly what it started with, and should add nothing to the logit.
     """
 
     def __init__(self, sizes, width: int):
@@ -85,10 +85,7 @@ def mlp(width: int, hidden=(), dropout: float = 0.0) -> nn.Sequential:
 
 
 class LR(nn.Module):
-    """Logistic regression: a weight per value, and a bias (so no dim, taken for the sake of an equal call).
-
-    x [B, F] → logits [B].
-    """
+    """Logistic regression: a weight per value, and a bias; dim is not used. x [B, F] → logits [B]."""
 
     def __init__(self, field_sizes, dim: int = 8):
         super().__init__()
@@ -152,7 +149,6 @@ class DCN(nn.Module):
     """Deep & cross network (Wang et al. 2017). x [B, F] → logits [B].
 
     The paper's output layer over [cross; deep] is one weight vector, so a sum of two: each holds its own.
-    With all weights of `cross` at zero the model is its MLP.
     """
 
     def __init__(self, field_sizes, dim: int = 8, cross: int = 3, hidden=(16, 16), dropout: float = 0.2):
@@ -175,8 +171,7 @@ def check_labels(y, score=None) -> np.ndarray:
     """y as float64 [n]; ValueError unless every label is 0 or 1, there is one, and a score, not nan, for each."""
     y = np.asarray(y, np.float64)
     if y.ndim != 1 or not len(y) or not np.isin(y, (0, 1)).all():
-        raise ValueError(f"labels are one list of 0 and 1, got {np.unique(y)[:5].tolist()} in the shape "
-                         f"{list(y.shape)}")
+        raise ValueError(f"labels are one list of 0 and 1, got {np.unique(y)[:5].tolist()}, shape {list(y.shape)}")
     if score is not None and np.shape(score) != y.shape:
         raise ValueError(f"{len(y)} labels need as many scores, got the shape {list(np.shape(score))}")
     if score is not None and np.isnan(np.asarray(score)).any():
@@ -201,10 +196,7 @@ def grouped_auc(group, y, score) -> tuple[np.ndarray, np.ndarray]:
 
 
 def auc(y, score) -> float:
-    """P(positive scores above negative), ties count half (Mann–Whitney).
-
-    y 0/1, score: [n]; one class: nan, with a warning.
-    """
+    """P(positive scores above negative), ties count half. y 0/1, score: [n]; one class: nan, with a warning."""
     if len(np.unique(check_labels(y))) < 2:
         warnings.warn(f"AUC is not defined: all {len(y)} labels are of one class", stacklevel=2)
         return math.nan
@@ -238,10 +230,8 @@ def train_epoch(model: nn.Module, adam, x: Tensor, y: Tensor, batch: int, genera
     """One pass in a fresh random order. x [R, F], y float [R]: one gather an epoch, batches are slices."""
     model.train()
     order = torch.randperm(len(y), generator=generator).to(y.device)
-    weights = list(model.parameters())
     for rows, labels in zip(x[order].split(batch), y[order].split(batch)):
-        for weight in weights:                               # as adam.zero_grad(), in a twentieth of its time
-            weight.grad = None
+        adam.zero_grad()
         F.binary_cross_entropy_with_logits(model(rows), labels).backward()
         adam.step()
 
@@ -263,8 +253,7 @@ def fit(model: nn.Module, train, valid, *, lr=1e-2, batch=256, epochs=50, patien
     for name, (_, y) in (("training", train), ("validation", valid)):
         if len(np.unique(check_labels(y.cpu()))) < 2:
             raise ValueError(f"all {len(y)} {name} labels are of one class: there is nothing to learn")
-    adam, generator = optimiser(model, lr, l2), torch.Generator().manual_seed(seed)
-    best, best_epoch, kept = -math.inf, 0, None
+    adam, generator, best, best_epoch = optimiser(model, lr, l2), torch.Generator().manual_seed(seed), -math.inf, 0
     for epoch in range(1, epochs + 1):
         train_epoch(model, adam, *train, batch, generator)
         logits = predict(model, valid[0])
@@ -281,9 +270,8 @@ def fit(model: nn.Module, train, valid, *, lr=1e-2, batch=256, epochs=50, patien
 
 
 # Two-sided 5 % points of Student's t for 1 … 30 degrees of freedom (standard table).
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-       2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
-       2.045, 2.042)
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(values) -> tuple[float, float]:
@@ -331,10 +319,7 @@ def assign_parts(source, protocol: str, fold: int) -> np.ndarray:
 
 
 def rows_seen(source, part: np.ndarray, protocol: str) -> np.ndarray:
-    """How many of its user's first rows each row may see: those before it, and in warm training rows only.
-
-    → int64 [R]
-    """
+    """How many of its user's first rows each row may see: those before it; in warm, training rows only. → int64 [R]"""
     before = np.arange(len(source.user)) - np.searchsorted(source.user, source.user)
     if protocol == "new":
         return before
@@ -347,21 +332,17 @@ def draw_negatives(source, train: np.ndarray, seed: int = 0) -> tuple[np.ndarray
     Drawn by training popularity. → rows [n], items [n]. Rows of other items are left out: a negative always has
     training rows, so its absence would give a positive away. So are rows of users who rated everything.
     """
-    rng = np.random.default_rng([seed, 7])
-    count = np.bincount(source.x[train, 1], minlength=len(source.items))
+    rng, count = np.random.default_rng([seed, 7]), np.bincount(source.x[train, 1], minlength=len(source.items))
     rated = np.unique(source.user.astype(np.int64) * len(count) + source.x[:, 1])
-    rows = np.flatnonzero(count[source.x[:, 1]] > 0)
+    rows, cumulative = np.flatnonzero(count[source.x[:, 1]] > 0), count.cumsum()
     items, todo = np.zeros(len(rows), np.int64), np.arange(len(rows))
-    cumulative = count.cumsum()
     for _ in range(200):
+        if not len(todo):
+            break
         items[todo] = np.searchsorted(cumulative, rng.integers(cumulative[-1], size=len(todo)), side="right")
         pairs = source.user[rows[todo]].astype(np.int64) * len(count) + items[todo]
         todo = todo[rated[np.minimum(np.searchsorted(rated, pairs), len(rated) - 1)] == pairs]
-        if not len(todo):
-            break
-    keep = np.ones(len(rows), bool)
-    keep[todo] = False
-    return rows[keep], items[keep]
+    return np.delete(rows, todo), np.delete(items, todo)
 
 
 def make_fold(source, protocol: str, label: str, fold: int) -> Fold:
@@ -383,23 +364,28 @@ def make_fold(source, protocol: str, label: str, fold: int) -> Fold:
     return Fold(part, rows_seen(source, part, protocol), row, x, y.astype(np.float32), sizes)
 
 
+def row_evidence(value: np.ndarray, known: np.ndarray | None = None) -> Evidence:
+    """Evidence whose rows tell one value each, [R, D], of weight 1; rows that are not known [R] tell nothing."""
+    known = np.ones(len(value), bool) if known is None else known
+    return Evidence(torch.from_numpy(np.append(0, known.cumsum())), torch.from_numpy(np.flatnonzero(known)),
+                    torch.from_numpy(value.astype(np.float32)), torch.ones(len(value)))
+
+
 def plain_statistics(source, train: np.ndarray) -> list[Evidence]:
     """Control "stats" without any LLM (ours): shares of the items' attribute values, mean rating, mean log price.
 
     A field each. Of all attribute values the 512 most frequent in training count. A row without a price tells none.
     """
-    R, found = len(source.user), []
-    columns = [f for f, name in enumerate(source.fields) if f > 1 and name != "price"]
+    columns, found = [f for f, name in enumerate(source.fields) if f > 1 and name != "price"], []
     if columns:
-        sizes = [int(source.items[:, f - 1].max()) for f in columns]
-        first = np.cumsum([0] + sizes)                                 # values of each attribute, from 1
-        text = np.stack([np.where(source.x[:, f] > 0, source.x[:, f] + start, 0)
-                         for f, start in zip(columns, first)], 1)
+        first = np.cumsum([0] + [int(source.items[:, f - 1].max()) for f in columns])        # values, from 1
+        text = source.x[:, columns]
+        text = np.where(text > 0, text + first[:-1], 0)                # (R, attributes)
         count = np.bincount(text[train].ravel(), minlength=first[-1] + 1)[1:]
         top = np.argsort(-count, kind="stable")[:min(512, max(1, (count > 0).sum()))] + 1  # those of training rows
         value = np.zeros((first[-1] + 1, len(top)), np.float32)
         value[top, np.arange(len(top))] = 1
-        found.append(Evidence(torch.arange(R + 1) * len(columns), torch.from_numpy(text.reshape(-1)).long(),
+        found.append(Evidence(torch.arange(len(text) + 1) * len(columns), torch.from_numpy(text.reshape(-1)).long(),
                               torch.from_numpy(value), torch.full((len(value),), 1 / len(columns))))
     found.append(row_evidence(source.rating[:, None]))
     priced = np.isfinite(source.price)
@@ -408,18 +394,8 @@ def plain_statistics(source, train: np.ndarray) -> list[Evidence]:
     return found
 
 
-def row_evidence(value: np.ndarray, known: np.ndarray | None = None) -> Evidence:
-    """Evidence whose rows tell one value each, [R, D], of weight 1; rows that are not known [R] tell nothing."""
-    known = np.ones(len(value), bool) if known is None else known
-    return Evidence(torch.from_numpy(np.append(0, known.cumsum())), torch.from_numpy(np.flatnonzero(known)),
-                    torch.from_numpy(value.astype(np.float32)), torch.ones(len(value)))
-
-
 def rating_gap(source, train: np.ndarray) -> Evidence:
-    """Control "gap" (ours): a row's rating less its item's mean in training.
-
-    The mean is shrunk towards the global mean by five ratings.
-    """
+    """Control "gap" (ours): a row's rating less its item's mean in training, shrunk to the global mean by 5 ratings."""
     item, excess = source.x[:, 1], source.rating - source.rating[train].mean()
     size = int(item.max()) + 1
     usual = np.bincount(item[train], excess[train], size) / (np.bincount(item[train], minlength=size) + 5)
@@ -450,18 +426,16 @@ class Features:
         self.source, self.fold, self.table, self.sizes, self.args, self.made = source, fold, table, codes, args, {}
 
     def evidence(self, name: str) -> list[tuple[Evidence, int]]:
-        train = self.fold.part == 0
+        """Evidence and number of codes, for each field of one feature."""
+        train, profiles = self.fold.part == 0, list(self.source.layout["profiles"])
         if name == "gap":
             return [(rating_gap(self.source, train), max(self.sizes))]
         if name == "stats":
-            fields = plain_statistics(self.source, train)
-            return [(evidence, self.sizes[i % len(self.sizes)]) for i, evidence in enumerate(fields)]
+            return list(zip(plain_statistics(self.source, train), itertools.cycle(self.sizes)))
         indptr, text = data.row_texts(self.source, train, self.args.kinds)
-        profiles = list(self.source.layout["profiles"])
-        wanted = [profiles.index(name)] if name in profiles else range(len(profiles))
         without = ABLATIONS.get(name, self.args.without)
         return [(profile_evidence(self.source, self.table, indptr, text, p, without), self.sizes[p])
-                for p in wanted]
+                for p, profile in enumerate(profiles) if name not in profiles or name == profile]
 
     def codes(self, name: str, seed: int) -> tuple[np.ndarray, list[int]]:
         """int64 [R, E] of one feature (not a sum a+b), and codes per field, without the 0."""
@@ -477,17 +451,14 @@ class Features:
             count = np.bincount(self.source.user, minlength=users)
             return own[first[donor] + np.minimum(self.fold.seen, count[donor] - 1)], sizes
         if name not in self.made:
-            found = [(ids_as_of_rows(self.source, self.fold, evidence, k, self.args), k)
-                     for evidence, k in self.evidence(name)]
-            sure = [np.where(probability >= self.args.sure, ids, 0) for (ids, probability), _ in found]
-            self.made[name] = np.stack(sure, 1), [k for _, k in found]
+            fields = self.evidence(name)
+            found = [ids_as_of_rows(self.source, self.fold, *field, self.args) for field in fields]
+            sure = [np.where(probability >= self.args.sure, ids, 0) for ids, probability in found]
+            self.made[name] = np.stack(sure, 1), [k for _, k in fields]
         return self.made[name]
 
     def columns(self, names: str, seed: int) -> tuple[np.ndarray, list[int]]:
-        """Extra fields of a feature set such as "stats+userip".
-
-        int64 [R, E] and sizes of the fields, the 0 included.
-        """
+        """Extra fields of a feature set such as "stats+userip": int64 [R, E], and their sizes, the 0 included."""
         parts, sizes = [np.zeros((len(self.source.user), 0), np.int64)], []
         for name in names.split("+"):
             if name != "none":
@@ -508,35 +479,30 @@ def run_one(source, fold: Fold, columns: np.ndarray, sizes: list[int], model: st
     keys = ("lr", "batch", "epochs", "patience", "l2")
     best, epoch, ran = fit(net, *parts[:2], **{key: getattr(args, key) for key in keys}, seed=seed)
     y, logits, row = fold.y[part == 2], predict(net, parts[2][0]), fold.row[part == 2]
-    number = lambda value: None if math.isnan(value) else round(value, 6)
-    figures = {"auc": number(auc(y, logits)), "gauc": number(gauc(source.user[row], y, logits)),
-               "logloss": number(logloss(y, logits)), "valid_auc": round(best, 6), "epoch": epoch, "epochs_run": ran}
+    rounded = lambda value: None if math.isnan(value) else round(value, 6)
+    figures = {"auc": rounded(auc(y, logits)), "gauc": rounded(gauc(source.user[row], y, logits)),
+               "logloss": rounded(logloss(y, logits)), "valid_auc": round(best, 6), "epoch": epoch, "epochs_run": ran}
     if args.protocol == "new":
-        bucket, known = np.searchsorted(KNOWN, fold.seen[row], side="right") - 1, {}
-        for b, least in enumerate(KNOWN):
-            mine = bucket == b
-            if len(np.unique(y[mine])) == 2:
-                known[str(least)] = {"rows": int(mine.sum()), "auc": number(auc(y[mine], logits[mine])),
-                                     "logloss": number(logloss(y[mine], logits[mine]))}
-        figures["known"] = known
+        bucket = np.searchsorted(KNOWN, fold.seen[row], side="right")
+        groups = [(least, bucket == b) for b, least in enumerate(KNOWN, 1)]
+        figures["known"] = {str(least): {"rows": int(mine.sum()), "auc": rounded(auc(y[mine], logits[mine])),
+                                         "logloss": rounded(logloss(y[mine], logits[mine]))}
+                            for least, mine in groups if len(np.unique(y[mine])) == 2}
     return figures
 
 
 def read_runs(folder: Path, cut: bool = False) -> list[dict]:
     """The lines of runs.jsonl but for a torn last one, left by a killed run; cut: take it off the file, too."""
     path = folder / "runs.jsonl"
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b""
     whole = content[:content.rfind(b"\n") + 1]
     if cut and whole != content:
         os.truncate(path, len(whole))
     try:
         runs = [json.loads(line) for line in whole.splitlines()]
-        needed = {"model", "features", "fold", "seed", "auc", "logloss"}
-        if not all(isinstance(run, dict) and needed <= set(run) for run in runs):
+        if not all({"model", "features", "fold", "seed", "auc", "logloss"} <= set(run) for run in runs):
             raise ValueError("a line is not a run")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): pass --restart to run again") from None
     return runs
 
@@ -550,17 +516,31 @@ def choose(text: str, valid, option: str) -> list[str]:
     return names
 
 
+def claim_results(out: Path, settings: dict, restart: bool) -> None:
+    """Refuses a folder with runs of other settings, data or code, naming what differs; --restart removes the runs."""
+    if restart:
+        (out / "runs.jsonl").unlink(missing_ok=True)
+        (out / "meta.json").unlink(missing_ok=True)
+    if (out / "runs.jsonl").exists():
+        old = data.read_json(out / "meta.json") if (out / "meta.json").exists() else {}
+        differs = [f"{key}: {old.get(key)} → {value}" for key, value in settings.items() if old.get(key) != value]
+        if differs:
+            raise data.CommandError(2, f"{out} holds runs of other settings, data or code: {'; '.join(differs)[:500]}. "
+                                       "Choose another --out, or pass --restart to remove them")
+
+
 def command_run(args) -> None:
     """Every model × feature set × fold × seed that --out does not hold yet, a line each in runs.jsonl."""
-    began, out = time.time(), Path(args.out)
+    began, out, table, made, identity = time.time(), Path(args.out), None, {}, None
     source, models = data.read_data(args.data), choose(args.models, MODELS, "--models")
-    profiles = list(source.layout["profiles"])
-    taken = [name for name in profiles if name in FEATURES or "+" in name or "," in name]
-    if taken:
-        raise data.CommandError(2, f"{args.data}: a profile named {taken[0]!r} is also the name of a feature, or has a "
-                                   "+ or a comma: rename it in the layout")
+    profiles, kinds = list(source.layout["profiles"]), source.layout["kinds"]
+    for name in profiles:
+        if name in FEATURES or "+" in name or "," in name:
+            raise data.CommandError(2, f"{args.data}: a profile's name, {name!r}, is also the name of a feature or has "
+                                       "a + or a comma: rename it in the layout")
     features = choose(args.features, (*FEATURES, *profiles), "--features")
-    folds = range(args.folds if args.protocol == "new" else 1)
+    parts = {part for name in features for part in name.split("+")}
+    args.kinds = args.kinds and choose(args.kinds, kinds, "--kinds")
     if args.without == "time" and args.protocol != "warm":
         raise data.CommandError(2, "--without time needs --protocol warm: in new, tested users have no training rows")
     if args.device == "auto":
@@ -569,12 +549,8 @@ def command_run(args) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:                    # torch without CUDA asserts
         raise data.CommandError(2, f"--device {args.device} is not here: {str(error).splitlines()[0]}") from None
-    strange = [kind for kind in args.kinds or () if kind not in source.layout["kinds"]]
-    if strange:
-        raise data.CommandError(2, f"--kinds: {strange[0]!r} is none of {', '.join(source.layout['kinds'])}")
-    if not args.profiles and {part for name in features for part in name.split("+")} - {"none", "stats", "gap"}:
+    if not args.profiles and parts - {"none", "stats", "gap"}:
         raise data.CommandError(2, f"--features {args.features} needs --profiles DIR, the folder that uip.py fit wrote")
-    table, made, codes, identity = None, {}, args.codes or [4, 3], None
     if args.profiles:
         made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
         if made["data_sha256"]["texts.jsonl"] != source.meta["sha256"]["texts.jsonl"]:
@@ -582,59 +558,38 @@ def command_run(args) -> None:
                              "run `uip.py fit` on it")
         args.without = args.without or made["settings"]["without"]
         table, about = read_table(Path(args.profiles) / made["table"])
-        if "reversed" not in table and (args.without == "causality" or "reversed" in args.features):
-            raise data.CommandError(2, f"--features reversed needs a text table that has it: pass --reversed to uip.py fit")
-        codes = args.codes or made["settings"]["codes"]
+        if "reversed" not in table and (args.without == "causality" or "reversed" in parts):
+            raise data.CommandError(2, "--features reversed needs a text table with it: pass --reversed to uip.py fit")
         identity = hashlib.sha256(json.dumps(about["identity"], sort_keys=True).encode()).hexdigest()
+    codes = args.codes or (made["settings"]["codes"] if made else [4, 3])
     if len(codes) != len(profiles):
         raise data.CommandError(2, f"--codes: {len(codes)} numbers for {len(profiles)} profiles, {', '.join(profiles)}")
+    folds = range(args.folds if args.protocol == "new" else 1)
+    keys = ("directions", "kinds", "without", "sure", "dim", "lr", "l2", "batch", "epochs", "patience")
     settings = json.loads(json.dumps({
         "dataset": source.name, "protocol": args.protocol, "label": args.label, "folds": len(folds), "codes": codes,
-        **{key: getattr(args, key) for key in ("directions", "kinds", "without", "sure", "dim", "lr", "l2", "batch",
-                                               "epochs", "patience")},
+        **{key: getattr(args, key) for key in keys},
         "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity, "code_sha256": {
             name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}))
     with data.exclusive_lock(out / ".lock"):
         claim_results(out, settings, args.restart)
         done = {(run["fold"], run["features"], run["model"], run["seed"]) for run in read_runs(out, cut=True)}
-        wanted = [(fold, feature, model, seed) for fold in folds for feature in features for model in models
-                  for seed in range(args.seeds)]
+        wanted = list(itertools.product(folds, features, models, range(args.seeds)))
+        todo = [one for one in wanted if one not in done]
         data.write_json(out / "meta.json", {**settings, "run": data.run_facts(began, "ctr.py")})
-        bar = tqdm(total=len(wanted), initial=sum(one in done for one in wanted), desc="runs", unit="run", delay=2)
+        bar = tqdm(todo, initial=len(wanted) - len(todo), total=len(wanted), desc="runs", unit="run", delay=2)
         with open(out / "runs.jsonl", "a", encoding="utf-8") as file:
-            for number in folds:
-                todo = [one for one in wanted if one[0] == number and one not in done]
-                if todo:
-                    fold = make_fold(source, args.protocol, args.label, number)
-                    made_features = Features(source, fold, table, codes, args)
-                for _, feature, model, seed in todo:
-                    columns, sizes = made_features.columns(feature, seed)
-                    figures = run_one(source, fold, columns, sizes, model, seed, args)
+            for number, group in itertools.groupby(bar, key=lambda one: one[0]):
+                fold = make_fold(source, args.protocol, args.label, number)
+                columns = Features(source, fold, table, codes, args).columns
+                for _, feature, model, seed in group:
+                    figures = run_one(source, fold, *columns(feature, seed), model, seed, args)
                     one = {"fold": number, "features": feature, "model": model, "seed": seed, **figures}
                     file.write(json.dumps(one) + "\n")
                     file.flush()
-                    bar.update()
-        bar.close()
         data.write_json(out / "meta.json", {**settings, "run": data.run_facts(began, "ctr.py"),
                                             "sha256": {"runs.jsonl": data.sha256_of(out / "runs.jsonl")}})
-    print(f"{args.out}: {len(wanted)} runs, {sum(one in done for one in wanted)} of them from before")
-
-
-def claim_results(out: Path, settings: dict, restart: bool) -> None:
-    """Runs of other settings, data or code are never mixed with new ones.
-
-    They are refused by name, or removed with --restart.
-    """
-    if restart:
-        (out / "runs.jsonl").unlink(missing_ok=True)
-        (out / "meta.json").unlink(missing_ok=True)
-    if (out / "runs.jsonl").exists():
-        old = data.read_json(out / "meta.json") if (out / "meta.json").exists() else {}
-        differs = [f"{key}: {old.get(key)} → {value}" for key, value in settings.items() if old.get(key) != value]
-        if differs:
-            raise data.CommandError(2, f"{out} holds runs of other settings, data or code "
-                                       f"({'; '.join(differs)[:500]}). Choose another --out, or "
-                                       "pass --restart to remove them")
+    print(f"{args.out}: {len(wanted)} runs, {len(wanted) - len(todo)} of them from before")
 
 
 # ---------------------------------------------------------------------------------------------------- table
@@ -670,6 +625,11 @@ def metric_mean(runs: list[dict], metric, model: str, features: str) -> float | 
     return float(np.mean([np.mean(list(seeds.values())) for seeds in found.values()])) if found else None
 
 
+def number(value: float | None, form: str = ".4f") -> str:
+    """The number, or blank where nothing was run."""
+    return "" if value is None else format(value, form)
+
+
 def signed(found: tuple[float, float, int] | None) -> str:
     """'+0.0123 [+0.0100, +0.0146]', or blank where nothing was run."""
     if found is None:
@@ -687,29 +647,31 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def overall_table(runs: list[dict], meta: dict) -> str:
     """Model × features: AUC, gAUC, logloss, and AUC and logloss less those of the model without extra features."""
     rows, over = [], "folds" if meta["folds"] > 1 else "seeds"
-    text = lambda value: "" if value is None else f"{value:.4f}"
-    for model in dict.fromkeys(run["model"] for run in runs):
-        for features in dict.fromkeys(run["features"] for run in runs if run["model"] == model):
-            means = [metric_mean(runs, lambda run: run[name], model, features) for name in ("auc", "gauc", "logloss")]
-            gaps = [difference(runs, lambda run: run[name], model, features, "none") if features != "none" else None
-                    for name in ("auc", "logloss")]
-            first, second = (set(by_fold(runs, lambda run: run["logloss"], model, one)) for one in (features, "none"))
-            if meta["folds"] > 1 and len(first & second) == 1:         # so far: an interval over seeds, none over users
-                gaps = [gap and (gap[0], math.nan, 1) for gap in gaps]
-            rows.append([model, features, *map(text, means), *map(signed, gaps)])
+    order = list(dict.fromkeys(run["model"] for run in runs))
+    pairs = dict.fromkeys((run["model"], run["features"]) for run in runs)
+    for model, features in sorted(pairs, key=lambda pair: order.index(pair[0])):
+        means = [metric_mean(runs, lambda run: run[name], model, features) for name in ("auc", "gauc", "logloss")]
+        gaps = [difference(runs, lambda run: run[name], model, features, "none") if features != "none" else None
+                for name in ("auc", "logloss")]
+        first, second = (set(by_fold(runs, lambda run: run["logloss"], model, one)) for one in (features, "none"))
+        if meta["folds"] > 1 and len(first & second) == 1:             # so far: an interval over seeds, none over users
+            gaps = [gap and (gap[0], math.nan, 1) for gap in gaps]
+        rows.append([model, features, *map(number, means), *map(signed, gaps)])
     return markdown(["model", "features", "AUC", "gAUC", "logloss", f"AUC − none [95 % over {over}]",
                      f"logloss − none [95 % over {over}]"], rows)
 
 
+def known_auc(least: int):
+    """The metric "AUC of test rows with at least so many known rows", up to the next bucket of KNOWN."""
+    return lambda run: run.get("known", {}).get(str(least), {}).get("auc")
+
+
 def known_table(runs: list[dict], model: str) -> str:
     """AUC by number of rows that are known of a user (protocol new), a row per feature set."""
-    rows = []
-    for features in dict.fromkeys(run["features"] for run in runs if run["model"] == model):
-        means = [metric_mean(runs, lambda run: run.get("known", {}).get(str(least), {}).get("auc"), model, features)
-                 for least in KNOWN]
-        rows.append([features, *("" if value is None else f"{value:.4f}" for value in means)])
     names = [f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(KNOWN, KNOWN[1:])] + [f"{KNOWN[-1]}+"]
-    return markdown(["features", *(f"{name} known" for name in names)], rows)
+    return markdown(["features", *(f"{name} known" for name in names)], [
+        [features, *(number(metric_mean(runs, known_auc(least), model, features)) for least in KNOWN)]
+        for features in dict.fromkeys(run["features"] for run in runs if run["model"] == model)])
 
 
 def folder_tables(folder: Path) -> str:
@@ -725,11 +687,7 @@ def folder_tables(folder: Path) -> str:
 
 def command_table(args) -> None:
     """Markdown tables of results folders."""
-    text = "\n".join(folder_tables(Path(folder)) for folder in args.folder)
-    if args.out:
-        data.write_text(Path(args.out), text)
-    else:
-        print(text)
+    print("\n".join(folder_tables(Path(folder)) for folder in args.folder))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -740,37 +698,32 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--data", required=True, help="folder made by data.py")
     sub.add_argument("--profiles", help="folder made by uip.py fit: its text table, and codebook sizes")
     sub.add_argument("--out", required=True, help="folder for runs.jsonl and meta.json")
-    sub.add_argument("--protocol", choices=["warm", "new"], default="warm",
-                     help="all users train, or folds of users [warm]")
-    sub.add_argument("--label", choices=["liked", "chosen"], default="liked",
-                     help="rating > 3, or bought against a drawn item [liked]")
-    sub.add_argument("--models", default="deepfm", help=f"of {', '.join(MODELS)} [deepfm]")
-    sub.add_argument("--features", default="none,random,shuffled,stats,gap,userip",
-                     help=f"of {', '.join(FEATURES)}, a profile's name, or a+b")
-    sub.add_argument("--folds", type=int, choices=range(1, 6), default=5,
-                     help="with new: the first so many of five folds [5]")
-    sub.add_argument("--seeds", type=data.positive_int, default=2, help="training seeds [2]")
-    sub.add_argument("--codes", type=code_sizes,
-                     help="codebook size of each profile [as fitted]")
-    sub.add_argument("--directions", type=data.positive_int, default=16, help="most directions of a codebook [16]")
-    sub.add_argument("--kinds", type=lambda text: text.split(","), help="kinds of evidence to use [all of the layout]")
-    sub.add_argument("--sure", type=data.fraction, default=0.0,
-                     help="IDs less probable than this count as unknown [0]")
-    sub.add_argument("--without", default="", choices=["em", "kmeans", "signal", "time", *MEASUREMENT],
-                     help="leave a part of the method out [as fitted]")
-    sub.add_argument("--dim", type=data.positive_int, default=8, help="width of embeddings [8]")
-    sub.add_argument("--lr", type=data.nonnegative_float, default=0.01, help="learning rate [0.01]")
-    sub.add_argument("--l2", type=data.nonnegative_float, default=1e-5,
-                     help="weight decay of the embedding table [1e-5]")
-    sub.add_argument("--batch", type=data.positive_int, default=256, help="rows per step [256]")
-    sub.add_argument("--epochs", type=data.positive_int, default=50, help="at most [50]")
-    sub.add_argument("--patience", type=data.positive_int, default=3, help="epochs without a better validation AUC [3]")
-    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
+    for flag, default, kind, what in (
+            ("protocol", "warm", ["warm", "new"], "all users train, or folds of users"),
+            ("label", "liked", ["liked", "chosen"], "rating > 3, or bought against a drawn item"),
+            ("models", "deepfm", str, f"of {', '.join(MODELS)}"),
+            ("features", "none,random,shuffled,stats,gap,userip", str,
+             f"of {', '.join(FEATURES)}, a profile's name, or a+b"),
+            ("folds", 5, range(1, 6), "with new: the first so many of five folds"),
+            ("seeds", 2, data.positive_int, "training seeds"),
+            ("codes", None, code_sizes, "codebook size of each profile; None: as fitted"),
+            ("directions", 16, data.positive_int, "most directions of a codebook"),
+            ("kinds", None, str, "kinds of evidence to use; None: all of the layout"),
+            ("sure", 0.0, data.fraction, "IDs less probable than this count as unknown"),
+            ("without", "", ["em", "kmeans", "signal", "time", *MEASUREMENT], "leave a part out; blank: as fitted"),
+            ("dim", 8, data.positive_int, "width of embeddings"),
+            ("lr", 0.01, data.nonnegative_float, "learning rate"),
+            ("l2", 1e-5, data.nonnegative_float, "weight decay of the embedding table"),
+            ("batch", 256, data.positive_int, "rows per step"),
+            ("epochs", 50, data.positive_int, "at most"),
+            ("patience", 3, data.positive_int, "epochs without a better validation AUC"),
+            ("device", "auto", str, "cpu, cuda, cuda:1 …")):
+        sub.add_argument(f"--{flag}", default=default, help=f"{what} [{default}]",
+                         **({"type": kind} if callable(kind) else {"type": type(default), "choices": kind}))
     sub.add_argument("--restart", action="store_true", help="remove runs of other settings in --out")
     sub = commands.add_parser("table", help=command_table.__doc__, allow_abbrev=False)
     sub.set_defaults(run=command_table)
     sub.add_argument("folder", nargs="+", help="results folders made by run")
-    sub.add_argument("--out", help="Markdown file (default: standard output)")
     args = parser.parse_args(argv)
     args.run(args)
 
