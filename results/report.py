@@ -13,6 +13,7 @@ blocks <!-- SECTION --> … <!-- /SECTION --> of the README at the top.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -24,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from codebook import perplexity, read_profiles, rows_by_id
-from ctr import (KNOWN, by_fold, difference, folder_tables, known_table, markdown, metric_mean, overall_table,
-                 read_runs, signed)
+from ctr import (KNOWN, by_fold, difference, folder_tables, known_auc, known_table, markdown, metric_mean, number,
+                 overall_table, read_runs, signed)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -84,19 +85,16 @@ def command_score(args) -> None:
     (profiles, source, row), truth, out = read_both(args), data.read_truth(args.data) or {}, Path(args.out)
     rows = np.bincount(source.user[source.part == 0], minlength=len(row))                    # training rows of a user
     groups = {"dense": (row >= 0) & (rows >= 6), "sparse": (row >= 0) & (rows < 6)}
-    planted = [name for name in profiles.names if name in truth]
+    planted = [(p, name) for p, name in enumerate(profiles.names) if name in truth]
 
-    def table(users: np.ndarray) -> dict:
-        scores = {}
-        for name in planted if users.any() else []:
-            ids = profiles.ids[row[users], profiles.names.index(name)]
-            each = {other: ari(ids, truth[other][users]) for other in planted}
-            own = each.pop(name)
-            scores[name] = {"own": round(own, 6), "other": round(max(map(abs, each.values()), default=0.0), 6)}
-        return scores
+    def scores(users: np.ndarray) -> dict:
+        index = lambda p, group: ari(profiles.ids[row[users], p], truth[group][users])
+        others = lambda p, name: [abs(index(p, other)) for _, other in planted if other != name]
+        return {name: {"own": round(index(p, name), 6), "other": round(max(others(p, name), default=0.0), 6)}
+                for p, name in planted if users.any()}
 
     columns = [(name, profiles.ids[:, p], profiles.probability[:, p]) for p, name in enumerate(profiles.names)]
-    found = {"lm": profiles.meta.get("lm"), "ari": table(groups["dense"]), "ari_sparse": table(groups["sparse"]),
+    found = {"lm": profiles.meta.get("lm"), "ari": scores(groups["dense"]), "ari_sparse": scores(groups["sparse"]),
              "perplexity": {name: round(perplexity(ids[ids >= 0].astype(np.int64), len(profiles.books[p].pi)), 6)
                             for p, (name, ids, _) in enumerate(columns)},
              "users": {name: int(group.sum()) for name, group in groups.items()},
@@ -156,6 +154,11 @@ def command_summary(args) -> None:
 
 # --------------------------------------------------------------------------------------------- tables and charts
 
+def read_if_there(path: Path) -> dict:
+    """A JSON file; an empty object where there is none."""
+    return data.read_json(path) if path.exists() else {}
+
+
 class Record:
     """A results folder: its name taken apart, its runs, and its JSON files (an empty object where there is none)."""
 
@@ -168,8 +171,7 @@ class Record:
         self.model = "deepfm" if "deepfm" in self.models else next(iter(self.models), None)
 
     def read(self, name: str) -> dict:
-        path = self.folder / f"{name}.json"
-        return data.read_json(path) if path.exists() else {}
+        return read_if_there(self.folder / f"{name}.json")
 
     def gap(self, a: str, b: str, metric: str = "auc", model: str | None = None):
         return difference(self.runs, lambda run: run[metric], model or self.model, a, b)
@@ -216,10 +218,6 @@ def table(head: str, rows: list[list[str]]) -> str:
     return markdown(head.split("|"), rows) if rows else ""
 
 
-def number(value, form: str = ".4f") -> str:
-    return "" if value is None else format(value, form)
-
-
 # Each section: (records, root) → Markdown, empty where nothing was recorded. Two sentences, then tables and charts.
 
 def section_data(records: list[Record], _) -> str:
@@ -245,10 +243,6 @@ def section_overall(records: list[Record], _, label: str = "liked") -> str:
     return text and ("Each case is a data set with a model. The 95 % interval of the AUC of userip − none lies "
                      f"{against('none')}; that of userip − stats lies {against('stats')}, and that of userip − gap "
                      f"{against('gap')}.\n" + text)
-
-
-def section_chosen(records: list[Record], root: Path) -> str:
-    return section_overall(records, root, "chosen")
 
 
 def compare_variants(records: list[Record], column: str, name) -> tuple[str, list, str]:
@@ -305,13 +299,14 @@ def section_known(records: list[Record], _) -> str:
     text, ends = "", ([], [])
     for one in records:
         if one.whole and any("known" in run for run in one.runs):
-            at = lambda least: lambda run: run["known"].get(str(least), {}).get("auc")
-            there = [n for n in KNOWN if metric_mean(one.runs, at(n), one.model, "userip") is not None]
-            lines = [[metric_mean(one.runs, at(n), one.model, name) for n in there] for name in ("none", "userip")]
+            means = {name: [metric_mean(one.runs, known_auc(n), one.model, name) for n in KNOWN]
+                     for name in ("none", "userip")}
+            there = [n for n, value in zip(KNOWN, means["userip"]) if value is not None]
+            lines = [[value for n, value in zip(KNOWN, line) if n in there] for line in means.values()]
             text += one.heading() + known_table(one.runs, one.model)
             text += chart(f"{one.name}: AUC by rows known, none (first line) and userip", there, *lines, kind="line")
             for gaps, n in zip(ends, there[:1] + there[-1:]):
-                gaps.append(difference(one.runs, at(n), one.model, "userip", "none"))
+                gaps.append(difference(one.runs, known_auc(n), one.model, "userip", "none"))
     return text and ("All users are new to the model, and each row sees its user's earlier rows only. The AUC of "
                      f"userip − none has an interval {count_sides(ends[0])} with the fewest rows known, and "
                      f"{count_sides(ends[1])} with the most.\n" + text)
@@ -354,33 +349,71 @@ FIGURES = (
     ("bank", "vs_sqlite", "bank, {users:,} users: SQLite / ours", ".1f", "≥ 20", 0),
     ("bank", "single_p99_us", "bank, {users:,} users: µs for one look-up (99 %)", ".1f", "< 50", 1),
     ("ctr", "rows_per_s", "DeepFM, {rows:,} rows: training rows per second", ",.0f", "", 1),
-    ("ctr", "vs_deepctr", "DeepFM, {rows:,} rows: DeepCTR-Torch / ours", ".1f", "≥ 5", 0),
     ("data", "rows_per_s", "reviews, {rows:,} lines: lines per CPU second", ",.0f", "", 1),
-    ("data", "of_json", "reviews, {rows:,} lines: share of json.loads' speed", ".2f", "≥ 0.6", 0),
-    ("gpu", "of_limit", "{part}: share of the LLM's own speed", ".2f", "≥ 0.85", 1),
-    ("gpu", "vs_naive_same_dtype", "{part}: times as fast as the naive way", ".1f", "≥ 3", 0),
-    ("gpu", "tokens_per_s", "{part}: tokens per second", ",.0f", "", 0))
+    ("data", "of_json", "reviews, {rows:,} lines: share of json.loads' speed", ".2f", "≥ 0.6", 0))
 
 
 def figures(bench: Path, brief: bool = False) -> list[list[str]]:
-    """[what, figure, aim, machine] for each figure found in bench/FILE.json and its variants, FILE_x.json."""
+    """[what, figure, aim, machine] for each figure found in bench/FILE.json."""
     rows = []
     for file, keys, what, form, aim, shown in FIGURES:
-        for path in sorted([*bench.glob(f"{file}.json"), *bench.glob(f"{file}_*.json")]) if shown or not brief else []:
-            found = data.read_json(path)
-            about = found.get("machine", {})
-            place = about.get("gpu") or f"{about.get('processor', '')}, {about.get('threads', 1)} thread(s)"
-            for value in found[file] if isinstance(found.get(file), list) else [found]:
-                label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
-                for key in keys.split("/"):
-                    value = value.get(key) if isinstance(value, dict) else None
-                rows += [[label, format(value, form), aim, place]] if isinstance(value, (int, float)) else []
+        found = read_if_there(bench / f"{file}.json") if shown or not brief else {}
+        about = found.get("machine", {})
+        place = about.get("gpu") or f"{about.get('processor', '')}, {about.get('threads', 1)} thread(s)"
+        for value in found[file] if isinstance(found.get(file), list) else [found] if found else []:
+            label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
+            for key in keys.split("/"):
+                value = value.get(key) if isinstance(value, dict) else None
+            rows += [[label, format(value, form), aim, place]] if isinstance(value, (int, float)) else []
     return rows
 
 
+# What a part of bench/gpu.json says: the figure, its format, and where it stands; blank where a part lacks it.
+GPU_FIGURES = (
+    ("not run", "", lambda part: part.get("error") or part["skipped"]),
+    ("largest error of summed text gradients, relative", ".1e",
+     lambda part: max(part["summed_packed"], part["summed_single"])),
+    ("users with the CPU's ID", ".1%", lambda part: part["equal_to_cpu"]),
+    ("AUC of DeepFM less that of the CPU", "+.4f", lambda part: part["auc_gap"]),
+    ("tokens per second", ",.0f", lambda part: part["tokens_per_s"]),
+    ("share of the LLM's own speed", ".2f", lambda part: part["of_limit"]),
+    ("times as fast as the naive way, equal dtype", ".1f", lambda part: part["vs_naive_same_dtype"]),
+    ("seconds, {n:,} × {d}, K = {k}", ".3f", lambda part: part["k"] and part["seconds"]["ours"]),
+    ("seconds of the text table", ".1f", lambda part: float(part["seconds"])),
+    ("seconds of the text table, {dtype}", ".1f", lambda part: part["table_s"]),
+    ("users with the CPU's ID, {dtype}", ".1%", lambda part: min(part["equal_to_cpu"])),
+    ("users of the shop", ",", lambda part: part["users_per_s"] and part["users"]),
+    ("users per second behind the table", ",.0f", lambda part: part["users_per_s"]))
+
+
+def gpu_tables(bench: Path, goal: float = 0.85) -> str:
+    """The figures of one GPU, each beside the CPU's: of an LLM of equal size, equal k-means, the largest shop."""
+    found, em, means, shops = (read_if_there(bench / f"{name}.json") for name in ("gpu", "em", "kmeans", "scale"))
+    size = lambda case: tuple(case.get(key) for key in ("parameters", "n", "d", "k"))
+    cpu = {size(case): case for case in (em, *means.get("kmeans", []), *shops.get("scale", []))}
+
+    def cell(case: dict, get, form: str) -> str:
+        try:
+            return format(get(case), form)
+        except (KeyError, TypeError):
+            return ""
+
+    types = lambda part: [{"dtype": name, **part[name]} for name in ("float32", "bfloat16") if name in part]
+    parts = [{**part, **case} for part in found.get("gpu", []) for case in part.get("kmeans") or types(part) or [{}]]
+    rows = [[part["part"], what.format_map(part), mine, cell(cpu.get(size(part), {}), get, form)]
+            for part in parts for what, form, get in GPU_FIGURES if (mine := cell(part, get, form))]
+    speeds = [(part["part"], round(part["of_limit"], 2)) for part in parts if "of_limit" in part]
+    low = " and ".join(name for name, share in speeds if share < goal)
+    return rows and (
+        "\n**One GPU: {gpu}, torch {torch}**\n\n".format_map({"gpu": "none", **found["machine"]})
+        + "The share of the LLM's own speed that the text table reaches is "
+        f"{' and '.join(f'{share:.2f} for {name}' for name, share in speeds)}. "
+        f"The goal of {goal} is {f'missed by {low}' if low else 'reached'}.\n\n"
+        + table("part|figure|GPU|CPU", rows))
+
+
 def section_cost(records: list[Record], root: Path) -> str:
-    rows, em = figures(root / "bench"), root / "bench/em.json"
-    guesses = data.read_json(em).get("estimates", {}).items() if em.exists() else []
+    rows, guesses = figures(root / "bench"), read_if_there(root / "bench/em.json").get("estimates", {}).items()
     demo = [one for one in records if one.name == "demo"]              # the others were timed on a busy machine
     stages = [[one.name, stage, f"{taken:,.1f}"] for one in demo
               for stage, taken in one.read("summary").get("seconds", {}).items()]
@@ -390,7 +423,7 @@ def section_cost(records: list[Record], root: Path) -> str:
         + table("what|figure|aim|machine", rows) + "\n"
         + table("minutes of the LLM, on the machine above|items|*estimate*",
                 [[name, f"{one['items']:,}", f"{one['minutes']:,.0f}"] for name, one in guesses]) + "\n"
-        + table("data set|stage|seconds", stages))
+        + table("data set|stage|seconds", stages) + (gpu_tables(root / "bench") or ""))
 
 
 def block_speed(_, root: Path) -> str:
@@ -441,8 +474,8 @@ def block_seconds(records: list[Record], _) -> str:
 SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
             "ablation": ("Ablation", section_ablation), "transfer": ("Transfer to other backbones", section_transfer),
             "codes": ("Codebook size", section_codes), "known": ("Rows known of a user", section_known),
-            "chosen": ("Overall, label chosen", section_chosen), "cost": ("Cost", section_cost),
-            "meaning": ("What IDs mean", section_meaning)}
+            "chosen": ("Overall, label chosen", functools.partial(section_overall, label="chosen")),
+            "cost": ("Cost", section_cost), "meaning": ("What IDs mean", section_meaning)}
 BLOCKS = {"demo": block_demo, "seconds": block_seconds, "findings": block_findings, "speed": block_speed}
 
 
