@@ -3,7 +3,7 @@
     python results/bench.py em --lm DIR     the text table beside the LLM's own limit and the naive way
     python results/bench.py kmeans          k-means beside scikit-learn and faiss, where they are installed
     python results/bench.py bank            the feature bank beside SQLite
-    python results/bench.py ctr             DeepFM training, beside DeepCTR-Torch where it is installed
+    python results/bench.py ctr             DeepFM training
     python results/bench.py data            reading reviews, beside json.loads of the same lines
     python results/bench.py scale           planted shops of many users, from the shop to the ID as of every row
     python results/bench.py gpu --out DIR   what one GPU is asked for (--device cpu --small tries the same code)
@@ -22,13 +22,13 @@ import re
 import sqlite3
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import codebook
@@ -52,7 +52,7 @@ def machine(device: str | torch.device = "cpu") -> dict:
     """What figures were measured on; a GPU only where it was used."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     return {"device": str(device), **gpu, **data.machine(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__}
+            "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def peak_mb(device: str | torch.device = "cpu") -> float | None:
@@ -61,16 +61,42 @@ def peak_mb(device: str | torch.device = "cpu") -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 2 ** 20, 1) if on_gpu else data.peak_mb()
 
 
+def planted_shop(users: int):
+    """A planted shop, written and read again."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        data.write_data(folder, "planted", data.planted(users=users), data.LAYOUTS["planted"])
+        return data.read_data(folder)
+
+
 def planted_texts(n: int) -> tuple[list[tuple[str, str]], dict]:
     """n distinct texts of the planted shop, evenly over its kinds, and its layout; many are told apart by a number."""
-    with tempfile.TemporaryDirectory() as folder:
-        data.write_data(folder, "planted", data.planted(users=2000), data.LAYOUTS["planted"])
-        source = data.read_data(folder)
-    texts = source.texts
-    if n > len(texts):
-        return [(kind, text if i < len(texts) else f"{text} {i // len(texts)}")
-                for i, (kind, text) in ((i, texts[i % len(texts)]) for i in range(n))], source.layout
-    return [texts[i * len(texts) // n] for i in range(n)], source.layout
+    source = planted_shop(2000)
+    repeats = -(-n // len(source.texts))
+    texts = [(kind, f"{text} {turn}" if turn else text) for turn in range(repeats) for kind, text in source.texts]
+    return [texts[i * max(n, len(source.texts)) // n] for i in range(n)], source.layout
+
+
+def text_table(lm, tokenizer, texts: list, spec: dict, budget: int | None = None) -> dict:
+    """The LLM's text table, as arrays. budget: padded tokens in one pass, None: as uip.py chooses."""
+    table = uip.score_texts(lm, uip.Layout.build(spec, tokenizer), texts, budget=budget or uip.auto_budget(lm))
+    return {name: array.numpy() for name, array in table._asdict().items()}
+
+
+def ids_of_users(source, table: dict, codes, device: str, stage=lambda name, call: call()):
+    """(evidence, codebook, z, n, responsibilities) of each profile, by EM on the training rows; stage: a stop-watch."""
+    train = source.part == 0
+    to = lambda array: torch.from_numpy(array).long().to(device)
+    rows, user, item = to(np.flatnonzero(train)), to(source.user), to(source.x[:, 1])
+    indptr, text = stage("evidence", lambda: data.row_texts(source, train))
+    half = stage("fit_codebook", lambda: codebook.split_halves(user[rows], item[rows]))
+    for p, k in enumerate(codes):
+        evidence = stage("evidence", lambda: codebook.Evidence(*(
+            tensor.to(device) for tensor in profile_evidence(source, table, indptr, text, p, ""))))
+        own = stage("evidence", lambda: select_rows(evidence.indptr, evidence.text, rows))
+        own = evidence._replace(indptr=own[0], text=own[1])
+        book, z, n = stage("fit_codebook", lambda: fit_codebook(
+            own, user[rows], item[rows], len(source.users), k, half=half))
+        yield evidence, book, z, n, stage("IDs of users", lambda: responsibilities(book, z, n))
 
 
 # ------------------------------------------------------------------------------------------------------- em
@@ -88,7 +114,8 @@ def plain_rows(lm, rows: int, width: int, predictions: int) -> None:
     logits.log_softmax(-1)[:, 0].sum().backward()
 
 
-def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: int = 3, naive: int = 32, full=None) -> dict:
+def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: int = 3, naive: int = 32,
+               full=None) -> dict:
     """score_texts beside the limit and the naive way, in turn.
 
     The limit is the LLM's work alone: forward and backward to the inputs over plain causal rows with as many tokens
@@ -151,14 +178,7 @@ def bench_em(args) -> dict:
 
 def kmeans_rivals(x: torch.Tensor, c: torch.Tensor, iters: int) -> dict:
     """The same iterations from the same start by others: {name: call}; scikit-learn and faiss where installed."""
-    def plain():
-        now = c
-        for _ in range(iters):
-            ids = torch.cdist(x, now).argmin(1)
-            now = torch.zeros_like(now).index_add_(0, ids, x) / ids.bincount(minlength=len(now))[:, None]
-        return now
-
-    calls = {"plain": plain}
+    calls = {}
     with contextlib.suppress(ImportError):
         from sklearn.cluster import KMeans
         model = KMeans(len(c), init=c.numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
@@ -196,7 +216,7 @@ def bench_kmeans(args) -> dict:
 def bench_bank(args, batch: int = 10_000) -> dict:
     """Build, open and lookups of many users: in batches beside SQLite's primary key, in Python lists, and alone.
 
-    mb_2m, mb_100m: what so many users take, computed from the bytes a user. Readers share one page cache.
+    Readers share one page cache.
     """
     n, rng = args.users, np.random.default_rng(0)
     users, codes = np.char.add("u", rng.permutation(n).astype(str)), rng.integers(1, 5, (n, 2))
@@ -208,7 +228,6 @@ def bench_bank(args, batch: int = 10_000) -> dict:
         bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
         each = median(bank.lookup, batches) / batch
         single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
-        pairs = [seconds(lambda: bank.lookup(two)) for some in batches[:2] for two in some.reshape(-1, 2).tolist()]
         few = min(n, 1_000_000)
         long = np.array([f"A{number:013d}" for number in rng.permutation(few)])                   # 14 characters
         other = Bank.build(folder / "long", long, codes[:few])
@@ -221,11 +240,9 @@ def bench_bank(args, batch: int = 10_000) -> dict:
             lite = median(lambda some: [db.execute(sql, (user,)).fetchone() for user in some],
                           map(np.ndarray.tolist, batches)) / batch
         size = sum((folder / "bank" / name).stat().st_size for name in Bank.FILES[:3]) / n
-    return {"users": n, "build_s": build, "bytes_per_user": size, "mb_2m": 2 * size, "mb_100m": 100 * size,
-            "computed": ["mb_2m", "mb_100m"], "open_ms": 1e3 * opened, "lookups_per_s": 1 / each,
+    return {"users": n, "build_s": build, "bytes_per_user": size, "open_ms": 1e3 * opened, "lookups_per_s": 1 / each,
             "vs_sqlite": lite / each, "list_lookups_per_s": 1 / lists,
-            "single_p99_us": 1e6 * float(np.quantile(single, 0.99)),
-            "pair_p99_us": 1e6 * float(np.quantile(pairs, 0.99)), "sqlite": sqlite3.sqlite_version,
+            "single_p99_us": 1e6 * float(np.quantile(single, 0.99)), "sqlite": sqlite3.sqlite_version,
             "machine": machine()}
 
 
@@ -253,36 +270,12 @@ def deepfm_epoch(x: torch.Tensor, y: torch.Tensor, rows: int, seed: int = 0) -> 
     return taken, ctr.auc(y[rows:].cpu(), ctr.predict(model, x[rows:]))
 
 
-def deepctr_epoch(x: torch.Tensor, y: torch.Tensor, rows: int, seed: int = 0) -> tuple[float, float]:
-    """The same by DeepCTR-Torch's fit, silent and without metrics, which is how it is fastest.
-
-    It adds the losses of a batch where we take their mean, and l2 · w² where Adam takes l2 / 2: hence its l2.
-    """
-    from deepctr_torch.inputs import SparseFeat
-    from deepctr_torch.models import DeepFM
-    columns, l2 = [SparseFeat(f"f{f}", size, 8) for f, size in enumerate(SIZES)], 1e-6 * 1024 / 2
-    model = DeepFM(columns, columns, dnn_hidden_units=(64, 32), l2_reg_linear=l2, l2_reg_embedding=l2, seed=seed)
-    model.compile(torch.optim.Adam(model.parameters(), lr=1e-3), "binary_crossentropy")
-    train, test = ({f"f{f}": column for f, column in enumerate(part.T.numpy())} for part in (x[:rows], x[rows:]))
-    taken = seconds(lambda: model.fit(train, y[:rows].numpy(), batch_size=1024, epochs=1, verbose=0))
-    return taken, ctr.auc(y[rows:], model.predict(test, 65536)[:, 0])
-
-
 def bench_ctr(args) -> dict:
     """DeepFM: one epoch on random rows; the AUC is of a tenth as many further rows. Best time of three seeds."""
     x, y = random_rows(args.rows + max(1000, args.rows // 10))
-    calls, before = [deepfm_epoch], set(threading.enumerate())
-    with contextlib.redirect_stdout(io.StringIO()):                    # DeepCTR-Torch prints even when silent
-        with contextlib.suppress(ImportError):
-            import deepctr_torch  # noqa: F401
-            calls.append(deepctr_epoch)
-            for thread in set(threading.enumerate()) - before:         # it asks PyPI for a newer version: wait
-                thread.join(60)
-        runs = np.array([[call(x, y, args.rows, seed) for call in calls] for seed in range(3)])       # (3, calls, 2)
-    taken, score = runs[..., 0].min(0), runs[..., 1].mean(0)
-    rival = {"vs_deepctr": taken[1] / taken[0], "auc_gain": score[0] - score[1]} if len(calls) > 1 else {}
-    return {"rows": args.rows, "seconds": round(taken[0], 3), "rows_per_s": round(args.rows / taken[0]),
-            "auc": round(score[0], 4), **rival, "peak_mb": data.peak_mb(), "machine": machine()}
+    taken, score = zip(*(deepfm_epoch(x, y, args.rows, seed) for seed in range(3)))
+    return {"rows": args.rows, "seconds": round(min(taken), 3), "rows_per_s": round(args.rows / min(taken)),
+            "auc": round(float(np.mean(score)), 4), "peak_mb": data.peak_mb(), "machine": machine()}
 
 
 def write_reviews(path: Path, rows: int) -> None:
@@ -292,11 +285,11 @@ def write_reviews(path: Path, rows: int) -> None:
     texts = [" ".join(words[rng.integers(0, 5000, size)].tolist()) for size in rng.geometric(1 / 40, 20_000)]
     with gzip.open(path, "wt", compresslevel=1) as file:
         for row in range(rows):
-            user, item, text = row * 7919 % (rows // 10 + 1), row * row % (rows // 10 + 3), row * 104_729 % len(texts)
+            text = texts[row * 104_729 % len(texts)]
             file.write(json.dumps({
-                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018",
-                "reviewerID": f"A{user:013d}", "asin": f"B{item:09d}", "reviewerName": texts[-text][:12],
-                "reviewText": texts[text], "summary": texts[text][:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
+                "overall": float(row % 5 + 1), "verified": True, "reviewTime": "06 17, 2018", "reviewerName": text[:12],
+                "reviewerID": f"A{row * 7919 % (rows // 10 + 1):013d}", "asin": f"B{row * row % (rows // 10 + 3):09d}",
+                "reviewText": text, "summary": text[:20], "unixReviewTime": 1_529_193_600 + row}) + "\n")
 
 
 def bench_data(args) -> dict:
@@ -312,8 +305,8 @@ def bench_data(args) -> dict:
         write_reviews(path, args.rows)
         runs = [[seconds(lambda: call(path), clock=time.process_time) for call in (ours, plain)] for _ in range(3)]
     each, other = np.median(runs, axis=0).tolist()
-    return {"rows": args.rows, "rows_per_s": round(args.rows / each), "json_rows_per_s": round(args.rows / other),
-            "of_json": round(other / each, 3), "peak_mb": data.peak_mb(), "machine": machine()}
+    return {"rows": args.rows, "rows_per_s": round(args.rows / each), "of_json": round(other / each, 3),
+            "peak_mb": data.peak_mb(), "machine": machine()}
 
 
 def random_table(source, width: int = 576) -> dict:
@@ -322,11 +315,6 @@ def random_table(source, width: int = 576) -> dict:
     tokens = np.array([len(text.split()) + 1 for _, text in source.texts], np.float32)
     gradient = rng.standard_normal((count, len(source.layout["profiles"]), width), dtype=np.float32)
     return {"tokens": tokens, "gradient": gradient * np.sqrt(tokens)[:, None, None]}
-
-
-def on(device: str, evidence: codebook.Evidence) -> codebook.Evidence:
-    """The evidence, on a device."""
-    return codebook.Evidence(*(tensor.to(device) for tensor in evidence))
 
 
 def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False) -> dict:
@@ -349,39 +337,28 @@ def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False
         del shop
         source = stage("read data", lambda: data.read_data(Path(folder, "data")))
         table = stage("text table", lambda: score(source.texts, source.layout) if score else random_table(source))
-        before = data.peak_mb()
-        train = source.part == 0
-        rows, user = (torch.from_numpy(column).long().to(device) for column in (np.flatnonzero(train), source.user))
-        item, seen = (torch.from_numpy(column).long().to(device)
-                      for column in (source.x[:, 1], ctr.rows_seen(source, source.part, "warm")))
-        indptr, text = stage("evidence", lambda: data.row_texts(source, train))
-        half = stage("fit_codebook", lambda: codebook.split_halves(user[rows], item[rows]))
-        for p, k in enumerate((4, 3)):
-            evidence = stage("evidence", lambda: on(device, profile_evidence(source, table, indptr, text, p, "")))
-            own = stage("evidence", lambda: evidence._replace(**dict(zip(
-                ("indptr", "text"), select_rows(evidence.indptr, evidence.text, rows)))))
-            book, z, n = stage("fit_codebook", lambda: fit_codebook(own, user[rows], item[rows], users, k, half=half))
-            r = stage("IDs of users", lambda: responsibilities(book, z, n))
+        before, first, train = data.peak_mb(), len(took), source.part == 0
+        user, seen = (torch.from_numpy(column).long().to(device)
+                      for column in (source.user, ctr.rows_seen(source, source.part, "warm")))
+        for evidence, book, z, n, r in ids_of_users(source, table, (4, 3), device, stage):
             codes.append(torch.where(n > 0, r.argmax(1) + 1, 0).cpu().numpy())
             probability.append(r.max(1).values.cpu().numpy())
             columns.append(stage("IDs as of every row",
                                  lambda: codebook.ids_before(book, evidence, user, seen)[0] + 1).cpu().numpy())
             one = [seconds(lambda: responsibilities(book, z[u:u + 1] + z[:1], n[u:u + 1] + 1).argmax(1))
                    for u in range(100)]
-        after = [name for name in took if name not in ("draw the shop", "write data", "read data", "text table")]
-        speed = users / sum(took[name] for name in after)
+        speed = users / sum(list(took.values())[first:])
         stage("bank", lambda: Bank.build(Path(folder, "bank"), source.users, np.stack(codes, 1),
                                          probability=np.stack(probability, 1)))
-        if epoch:
-            fold = stage("CTR rows", lambda: ctr.make_fold(source, "warm", "liked", 0))
-            x = torch.from_numpy(np.concatenate([fold.x, np.stack(columns, 1).astype(np.int32)], 1)[train]).to(device)
-            y, model = torch.from_numpy(fold.y[train]).to(device), ctr.DeepFM([*fold.sizes, 5, 4]).to(device)
-            adam, generator = ctr.optimiser(model, 1e-2, 1e-5), torch.Generator().manual_seed(0)
-            stage("one epoch of DeepFM", lambda: ctr.train_epoch(model, adam, x, y, 8192, generator))
-    arrays = sum(a.nbytes for a in (*table.values(), source.user, source.x, source.rating, source.price, source.time,
-                                    source.part, source.users, source.indptr, source.text)) / 2 ** 20
-    return {"users": users, "rows": len(source.user), "texts": len(source.texts), "told": len(text),
-            "users_per_s": round(speed), "seconds": {name: round(value, 3) for name, value in took.items()},
+    if epoch:
+        fold = stage("CTR rows", lambda: ctr.make_fold(source, "warm", "liked", 0))
+        x = torch.from_numpy(np.concatenate([fold.x, np.stack(columns, 1).astype(np.int32)], 1)[train]).to(device)
+        y, model = torch.from_numpy(fold.y[train]).to(device), ctr.DeepFM([*fold.sizes, 5, 4]).to(device)
+        adam, generator = ctr.optimiser(model, 1e-2, 1e-5), torch.Generator().manual_seed(0)
+        stage("one epoch of DeepFM", lambda: ctr.train_epoch(model, adam, x, y, 8192, generator))
+    arrays = sum(array.nbytes for array in (*table.values(), *source) if isinstance(array, np.ndarray)) / 2 ** 20
+    return {"users": users, "rows": len(source.user), "texts": len(source.texts), "users_per_s": round(speed),
+            "seconds": {name: round(value, 3) for name, value in took.items()},
             "update_us": round(1e6 * float(np.median(one)), 1),
             "arrays_mb": round(arrays, 1), "peak_mb_before": before, "peak_mb": data.peak_mb(),
             **({"gpu_peak_mb": peak_mb(device)} if device != "cpu" else {})}
@@ -389,16 +366,15 @@ def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False
 
 def bench_scale(args) -> dict:
     """Planted shops from small to large; with --lm the table is the LLM's, whose time does not depend on the users."""
-    score = None
+    score, found = functools.partial(text_table, *uip.load_lm(args.lm)) if args.lm else None, []
     if args.lm:
-        lm, tokenizer = uip.load_lm(args.lm, "auto", "auto")
-        score = lambda texts, spec: {name: array.numpy() for name, array in uip.score_texts(
-            lm, uip.Layout.build(spec, tokenizer), texts)._asdict().items()}
-    found = []
+        score(*planted_texts(16))                                      # a warm-up
     for users in args.users:
         found.append(scale_speed(users, score))
         print(json.dumps(found[-1]), flush=True)
+    largest, smallest = found[-1]["seconds"]["text table"], found[0]["seconds"]["text table"]
     return {"scale": found, "users_per_s": found[-1]["users_per_s"], "peak_mb": data.peak_mb(),
+            **({"llm_seconds_ratio": round(largest / smallest, 3)} if args.lm else {}),
             "table": args.lm or "random gradients of width 576", "machine": machine()}
 
 
@@ -454,94 +430,93 @@ def parity(lm, layout, texts: list) -> dict:
             "cache_on_off": error(plain, cached), "own_name_mask": error(other[1:], plain[1:])}
 
 
-def bench_gpu(args) -> dict:
-    """What issue H asks of one GPU, each part guarded: a failed part is recorded, and the rest goes on."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    shape, half, small = "tiny" if args.small else "SmolLM2-135M", torch.bfloat16, args.small
-    found, began = {"machine": machine(device), "gpu": []}, time.time()
-    texts, spec = planted_texts(96 if small else 332)
+def same_ids(a: list, b: list) -> list[float]:
+    """The share of users with equal IDs, for each profile."""
+    return [float((one == other).double().mean()) for one, other in zip(a, b)]
 
-    def model(where: str, dtype: torch.dtype):
-        if args.lm:
-            return uip.load_lm(args.lm, str(dtype)[6:], where)
-        return random_lm(shape, where, dtype)
 
-    def parity_in(dtype):
-        lm, tokenizer = model(device, dtype)
-        return parity(lm, uip.Layout.build(spec, tokenizer), texts[:: len(texts) // 24])
+class GPU:
+    """The parts of `bench.py gpu`; each returns its figures. Without --lm, LLMs have random weights."""
 
-    def table_on(where: str, dtype: torch.dtype, texts, spec) -> dict:
-        lm, tokenizer = model(where, dtype)
-        return {name: array.numpy() for name, array in uip.score_texts(
-            lm, uip.Layout.build(spec, tokenizer), texts, budget=args.budget or uip.auto_budget(lm))._asdict().items()}
+    def __init__(self, args):
+        self.args, self.small = args, args.small
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        self.shape = "tiny" if args.small else "SmolLM2-135M"
+        self.texts, self.spec = planted_texts(96 if args.small else 332)
 
-    def ids_on(where: str, source, table: dict, codes) -> list[torch.Tensor]:
-        """Each profile's IDs by EM on a device."""
-        train = torch.from_numpy(np.flatnonzero(source.part == 0))
-        told = select_rows(*map(torch.from_numpy, data.row_texts(source, source.part == 0)), train)
-        user, item = (torch.from_numpy(column).long()[train].to(where) for column in (source.user, source.x[:, 1]))
-        ids = []
-        for p, k in enumerate(codes):
-            evidence = on(where, profile_evidence(source, table, *(part.numpy() for part in told), p, ""))
-            book, z, n = fit_codebook(evidence, user, item, len(source.users), k)
-            ids.append(torch.where(n > 0, responsibilities(book, z, n).argmax(1), -1).cpu())
-        return ids
+    def model(self, dtype: torch.dtype, device: str | None = None):
+        if self.args.lm:
+            return uip.load_lm(self.args.lm, str(dtype)[6:], device or self.device)
+        return random_lm(self.shape, device or self.device, dtype)
 
-    def share(a: list, b: list) -> list[float]:
-        return [float((one == other).double().mean()) for one, other in zip(a, b)]
+    def ids(self, source, codes, device: str, dtype: torch.dtype = torch.float32) -> tuple[list, float, float]:
+        """Each profile's IDs of a data set, made on a device; seconds of the text table and of the EM."""
+        began = time.perf_counter()
+        table = text_table(*self.model(dtype, device), source.texts, source.layout, self.args.budget)
+        middle = time.perf_counter()
+        ids = [torch.where(n > 0, r.argmax(1), -1).cpu() for *_, n, r in ids_of_users(source, table, codes, device)]
+        return ids, round(middle - began, 2), round(time.perf_counter() - middle, 2)
 
-    def equal_answers():
+    def parity(self, dtype: torch.dtype) -> dict:
+        lm, tokenizer = self.model(dtype)
+        return parity(lm, uip.Layout.build(self.spec, tokenizer), self.texts[:: len(self.texts) // 24])
+
+    def equal_answers(self) -> dict:
         """A planted shop of 240 users: IDs here, here again, and on the CPU; and one epoch of DeepFM."""
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            data.write_data(folder, "planted", data.planted(), data.LAYOUTS["planted"])
-            source = data.read_data(folder)
-        here, again, cpu = (ids_on(where, source, table_on(where, torch.float32, source.texts, source.layout), (4, 3))
-                            for where in (device, device, "cpu"))
+        source = planted_shop(240)
+        here, again, cpu = (self.ids(source, (4, 3), device)[0] for device in (self.device, self.device, "cpu"))
         x, y = random_rows(20_000)
-        score = [deepfm_epoch(x.to(where), y.to(where), 18_000)[1] for where in (device, "cpu")]
-        return {"equal_to_cpu": min(share(here, cpu)), "fit_twice_equal": min(share(here, again)), "auc": score,
+        score = [deepfm_epoch(x.to(device), y.to(device), 18_000)[1] for device in (self.device, "cpu")]
+        return {"equal_to_cpu": min(same_ids(here, cpu)), "fit_twice_equal": min(same_ids(here, again)), "auc": score,
                 "auc_gap": score[0] - score[1]}
 
-    def speed(lm, tokenizer, count=96):
-        layout = uip.Layout.build(spec, tokenizer)
-        rows, some = uip.pack([texts[i::24] for i in range(24)], layout), planted_texts(count)[0]
+    def text_speed(self, lm, tokenizer, count: int) -> dict:
+        """The text table beside its limit and the naive way, and one step of per-user tuning for 24 users."""
+        layout, count, budget = uip.Layout.build(self.spec, tokenizer), 96 if self.small else count, self.args.budget
+        rows = uip.pack([self.texts[i::24] for i in range(24)], layout)
         theta = uip.shared_prompt(lm, 1).repeat(len(rows), len(layout.names), 1, 1)
-        budget = args.budget or uip.auto_budget(lm)
-        uip.tune_users(lm, layout, rows[:2], theta[:2], steps=1, budget=budget)
-        tuned = seconds(lambda: uip.tune_users(lm, layout, rows, theta, steps=1, budget=budget), lm.device)
-        each = text_speed(lm, layout, some, budget=args.budget, repeat=1 if small else 3, naive=min(count, 256))
+        tune = lambda some: uip.tune_users(lm, layout, rows[:some], theta[:some], steps=1,
+                                           budget=budget or uip.auto_budget(lm))
+        tune(2)
+        tuned = seconds(lambda: tune(24), lm.device)
+        each = text_speed(lm, layout, planted_texts(count)[0], budget=budget, repeat=1 if self.small else 3,
+                          naive=min(count, 256))
         return {**each, "reference_tokens_per_s": sum(len(row.ids) for row in rows) / tuned,
                 "estimates": estimates(each["tokens_per_s"])}
 
-    def score(texts, spec):
-        lm, tokenizer = model(device, torch.float32 if small else half)
-        layout = uip.Layout.build(spec, tokenizer)
-        taken = seconds(lambda: uip.score_texts(lm, layout, texts, budget=args.budget or uip.auto_budget(lm)), device)
-        return {"texts": len(texts), "seconds": taken}
+    def kmeans(self) -> dict:
+        sizes = ((1000, 64),) if self.small else ((100_000, 576), (100_000, 4096))
+        return {"kmeans": [kmeans_speed(n, d, k, rounds=2, device=self.device) for n, d in sizes for k in (4, 32)]}
 
-    def office():
+    def many_texts(self) -> dict:
+        texts, spec = planted_texts(500 if self.small else 50_000)
+        model = self.model(torch.float32 if self.small else torch.bfloat16)
+        return {"texts": len(texts),
+                "seconds": seconds(lambda: text_table(*model, texts, spec, self.args.budget), self.device)}
+
+    def office(self) -> dict:
         """A data set's text table and IDs here, and the share of users with the IDs that --profiles holds."""
-        source, known, found = data.read_data(args.office), codebook.read_profiles(args.profiles), {}
-        for dtype in (torch.float32, half):
-            began = time.perf_counter()
-            table = table_on(device, dtype, source.texts, source.layout)
-            middle = time.perf_counter()
-            ids = ids_on(device, source, table, known.meta["settings"]["codes"])
-            found[str(dtype)[6:]] = {"table_s": round(middle - began, 2), "em_s": round(time.perf_counter() - middle, 2),
-                                     "equal_to_cpu": share(ids, torch.from_numpy(known.ids).T)}
-        return {"texts": len(source.texts), "users": len(source.users), **found}
+        source, known = data.read_data(self.args.office), codebook.read_profiles(self.args.profiles)
+        found = {"texts": len(source.texts), "users": len(source.users)}
+        for dtype in (torch.float32, torch.bfloat16):
+            ids, table_s, em_s = self.ids(source, known.meta["settings"]["codes"], self.device, dtype)
+            found[str(dtype)[6:]] = {"table_s": table_s, "em_s": em_s,
+                                     "equal_to_cpu": same_ids(ids, torch.from_numpy(known.ids).T)}
+        return found
 
-    sizes = ((1000, 64),) if small else ((100_000, 576), (100_000, 4096))
-    parts = {"parity, float32": lambda: parity_in(torch.float32), "parity, bfloat16": lambda: parity_in(half),
-             "equal answers": equal_answers, f"{shape}, bfloat16": lambda: speed(*model(device, half), 96 if small else 16_384),
-             "k-means": lambda: {"kmeans": [kmeans_speed(n, d, k, rounds=2, device=device)
-                                            for n, d in sizes for k in (4, 32)]},
-             "Llama-2-7B, random weights": lambda: (speed(*random_lm("tiny", device, half)) if small else
-                                                    speed(*random_lm("Llama-2-7B", device, half), 2048)),
-             "50,000 texts": lambda: score(*planted_texts(500 if small else 50_000)),
-             **({"Office_Products": office} if args.office else {}),
-             "planted shop": lambda: scale_speed(500 if small else 1_000_000, device=device, epoch=True)}
+
+def bench_gpu(args) -> dict:
+    """What one GPU is asked for, each part guarded: a failed part is recorded, and the rest goes on."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    gpu, half, began = GPU(args), torch.bfloat16, time.time()
+    large = "tiny" if args.small else "Llama-2-7B"
+    parts = {"parity, float32": lambda: gpu.parity(torch.float32), "parity, bfloat16": lambda: gpu.parity(half),
+             "equal answers": gpu.equal_answers,
+             f"{gpu.shape}, bfloat16": lambda: gpu.text_speed(*gpu.model(half), 16_384), "k-means": gpu.kmeans,
+             "Llama-2-7B, random weights": lambda: gpu.text_speed(*random_lm(large, gpu.device, half), 2048),
+             "50,000 texts": gpu.many_texts, **({"Office_Products": gpu.office} if args.office else {}),
+             "planted shop": lambda: scale_speed(500 if args.small else 1_000_000, device=gpu.device, epoch=True)}
+    found = {"machine": machine(gpu.device), "gpu": []}
     for name, part in parts.items():
         start = time.time()
         try:
@@ -568,26 +543,26 @@ def main(argv: list[str] | None = None) -> None:
     for name, run in BENCHES.items():
         sub = commands.add_parser(name, help=run.__doc__.split("\n")[0], allow_abbrev=False)
         sub.add_argument("--out", help="JSON file" if name != "gpu" else "folder for gpu.json", required=name == "gpu")
-        rows = {"kmeans": 100_000, "ctr": 1_000_000, "data": 1_000_000}.get(name)
-        if rows:
-            sub.add_argument("--rows", type=data.positive_int, default=rows, help=f"rows [{rows}]")
-    option = lambda name, flag, default, what, kind=data.positive_int, **more: commands.choices[name].add_argument(
-        flag, default=default, type=kind, help=f"{what} [{default}]", **more)
-    for name in ("em", "gpu"):
-        option(name, "--lm", None, "causal LM: a folder or a hub id", str, required=name == "em")
-        option(name, "--device", "auto", "cpu, cuda, cuda:1 …", str)
-        option(name, "--budget", None, "padded tokens in one pass; None: as uip.py chooses")
-    option("em", "--dtype", "auto", "float32, bfloat16 or float16", str)
-    option("em", "--texts", 128, "texts of the planted shop")
-    option("em", "--naive", 32, "texts for the naive way")
-    option("em", "--repeat", 3, "turns after the warm-up")
-    option("gpu", "--office", None, "folder of Office_Products, made by data.py; needs --profiles", str)
-    option("gpu", "--profiles", None, "what uip.py fit made of it on a CPU", str)
-    option("gpu", "--minutes", 7, "no part starts after so many")
+    whole = data.positive_int
+    for names, flag, default, kind, what in (
+            ("kmeans", "rows", 100_000, whole, "rows"), ("ctr data", "rows", 1_000_000, whole, "rows"),
+            ("em gpu scale", "lm", None, str, "causal LM: folder or hub id; None: random weights, or a random table"),
+            ("em gpu", "device", "auto", str, "cpu, cuda, cuda:1 …"),
+            ("em gpu", "budget", None, whole, "padded tokens in one pass; None: as uip.py chooses"),
+            ("em", "dtype", "auto", str, "float32, bfloat16 or float16"),
+            ("em", "texts", 128, whole, "texts of the planted shop"),
+            ("em", "naive", 32, whole, "texts for the naive way"),
+            ("em", "repeat", 3, whole, "turns after the warm-up"),
+            ("gpu", "office", None, str, "folder of Office_Products, made by data.py; needs --profiles"),
+            ("gpu", "profiles", None, str, "what uip.py fit made of it on a CPU"),
+            ("gpu", "minutes", 7, whole, "no part starts after so many"),
+            ("bank", "users", 10_000_000, whole, "users"),
+            ("scale", "users", [1000, 100_000], whole, "users of each shop, ascending")):
+        for name in names.split():
+            commands.choices[name].add_argument(
+                f"--{flag}", default=default, type=kind, help=f"{what} [{default}]",
+                required=(name, flag) == ("em", "lm"), nargs="+" if isinstance(default, list) else None)
     commands.choices["gpu"].add_argument("--small", action="store_true", help="tiny sizes, to try the code")
-    option("bank", "--users", 10_000_000, "users")
-    option("scale", "--users", [1000, 100_000], "users of each shop, ascending", nargs="+")
-    option("scale", "--lm", None, "make the table with this LLM", str)
     args = parser.parse_args(argv)
     found = BENCHES[args.bench](args)
     if args.out and args.bench != "gpu":
