@@ -566,11 +566,11 @@ def command_run(args) -> None:
         raise data.CommandError(2, f"--codes: {len(codes)} numbers for {len(profiles)} profiles, {', '.join(profiles)}")
     folds = range(args.folds if args.protocol == "new" else 1)
     keys = ("directions", "kinds", "without", "sure", "dim", "lr", "l2", "batch", "epochs", "patience")
-    settings = json.loads(json.dumps({
+    settings = {
         "dataset": source.name, "protocol": args.protocol, "label": args.label, "folds": len(folds), "codes": codes,
         **{key: getattr(args, key) for key in keys},
-        "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity, "code_sha256": {
-            name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}))
+        "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity,
+        "code_sha256": {name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}
     with data.exclusive_lock(out / ".lock"):
         claim_results(out, settings, args.restart)
         done = {(run["fold"], run["features"], run["model"], run["seed"]) for run in read_runs(out, cut=True)}

@@ -3238,14 +3238,8 @@ MEASURED = ("userip", "untuned", "reversed", "bag", "stats", "gap")
 
 
 def write_shop(folder, seed=0, layout=RUN_LAYOUT, users=60):
-    """A planted shop; its first user also bought the one item of a brand that sorts last."""
-    dataset = data.planted(seed, users)
-    zebra = {"title": "zebra lamp", "category": "zoo", "brand": "Zzz", "price": 5.0}
-    dataset = dataset._replace(items=np.append(dataset.items, "i999"), attributes=[*dataset.attributes, zebra],
-                               item=np.append(dataset.item, len(dataset.items)), user=np.append(dataset.user, 0),
-                               rating=np.append(dataset.rating, np.float32(5)),
-                               time=np.append(dataset.time, data.NEW_YEAR + 400 * data.DAY))
-    data.write_data(folder, "shop", dataset, layout)
+    """A planted shop."""
+    data.write_data(folder, "shop", data.planted(seed, users), layout)
     return data.read_data(folder)
 
 
@@ -3434,16 +3428,6 @@ def test_ids_of_rows_equal_brute_force_sums_of_their_past(shop_folder, monkeypat
                 assert ids[row, column] == (1 + int(codebook.responsibilities(book, z, n).argmax()) if texts else 0)
 
 
-def test_ids_find_the_planted_hobby(shop_folder):
-    folder, _, source, table = shop_folder
-    hobby = data.read_truth(folder)["hobby"]
-    ids, sizes = features_of(source, table).codes("userip", 0)
-    last = (source.part == 2) & (ctr.rows_seen(source, source.part, "warm") >= 8)
-    pairs = np.zeros((5, 4))
-    np.add.at(pairs, (ids[last, 0], hobby[source.user[last]]), 1)
-    assert sizes == [4, 3] and pairs.max(1).sum() / last.sum() > 0.8 and len(set(pairs[1:].argmax(1))) == 4
-
-
 def test_random_is_a_code_per_user_and_shuffled_another_users_at_the_same_moment(shop_folder):
     _, _, source, table = shop_folder
     features = features_of(source, table)
@@ -3527,19 +3511,6 @@ def test_new_edits_of_tested_and_validating_users_reach_nothing_that_trains(shop
     assert all(np.array_equal(a[train], b[train]) for a, b in zip(mine, other))
     assert sum(not np.array_equal(a, b) for a, b in zip(mine, other)) >= 4       # the edit does reach the edited users
     assert torch.equal(*(ctr.rating_gap(one, train).value[train] for one in (source, changed)))       # item statistics
-
-
-def test_new_a_value_that_only_a_tested_user_has_reaches_no_codebook(shop_folder, monkeypatch):
-    """The zebra lamp's brand has the largest code and one buyer: with and without that row, the codebooks are equal."""
-    _, _, source, table = shop_folder
-    row = int(np.flatnonzero(source.x[:, 1] == len(source.items) - 1)[0])                    # items are in order of ids
-    fold = next(f for f in range(5) if ctr.assign_parts(source, "new", f)[row] == 2)
-    books, train = record_books(monkeypatch), ctr.assign_parts(source, "new", fold) == 0
-    shops = source, edit(source, {row: row - 1})
-    codes = [features_of(shop, table, "new", fold).codes("stats", 0)[0] for shop in shops]
-    half = len(books) // 2
-    assert half >= 2 and all(map(equal_books, books[:half], books[half:]))
-    assert np.array_equal(codes[0][train], codes[1][train])
 
 
 def test_a_row_sees_neither_itself_nor_what_comes_later(shop_folder, monkeypatch):

@@ -138,10 +138,9 @@ def command_summary(args) -> None:
     folder = Path(args.results)
     score, runs = data.read_json(folder / "score.json", "ari"), read_runs(folder)
     trace = read_profiles(args.profiles).meta.get("trace", {})
-    history = {name: entry.get("F") or entry.get("log_likelihood") or [] for name, entry in trace.items()}
+    history, scores = {name: entry.get("F") or entry.get("log_likelihood") or [] for name, entry in trace.items()}, {}
     length = max(map(len, history.values()), default=0)
     total = [sum(one[min(i, len(one) - 1)] for one in history.values() if one) for i in range(length)]
-    scores = {}
     for model, features in dict.fromkeys((run["model"], run["features"]) for run in runs):
         folds = by_fold(runs, lambda run: run["auc"], model, features).values()
         seeds = sorted(set.intersection(*map(set, folds)))
@@ -206,7 +205,7 @@ def chart(title: str, names: list, *series: list, kind: str = "bar") -> str:
             f'    y-axis {low - room:.4f} --> {high + room:.4f}\n{lines}\n```\n')
 
 
-def count_sides(gaps: list) -> str:
+def count_sides(gaps) -> str:
     """'above 0 in 2 and below 0 in 1 of 4 cases', by whole 95 % intervals; only differences that were run count."""
     gaps = [gap for gap in gaps if gap is not None]
     above, below = sum(mean - half > 0 for mean, half, _ in gaps), sum(mean + half < 0 for mean, half, _ in gaps)
@@ -275,12 +274,12 @@ def section_ablation(records: list[Record], _) -> str:
 
 def section_transfer(records: list[Record], _) -> str:
     pairs = [(one, model) for one in records if one.whole and len(one.models) > 1 for model in one.models]
-    gain = lambda one, model, metric="auc": one.gap("userip", "none", metric, model)
-    rows = [[one.name, model, *(number(one.mean(name, model=model)) for name in ("none", "userip")),
-             signed(gain(one, model)), signed(gain(one, model, "logloss")),
-             signed(one.gap("stats+gap+userip", "stats+gap", "auc", model))] for one, model in pairs]
+    gaps = [[one.gap(*names, model) for names in (("userip", "none", "auc"), ("userip", "none", "logloss"),
+                                                  ("stats+gap+userip", "stats+gap", "auc"))] for one, model in pairs]
+    rows = [[one.name, model, *(number(one.mean(name, model=model)) for name in ("none", "userip")), *map(signed, line)]
+            for (one, model), line in zip(pairs, gaps)]
     return rows and ("All models read the same IDs, which were made without them. The AUC of userip − none has an "
-                     f"interval {count_sides([gain(*pair) for pair in pairs])}.\n\n"
+                     f"interval {count_sides([line[0] for line in gaps])}.\n\n"
                      + table("data set|model|none|userip|AUC, userip − none|logloss, userip − none|"
                              "AUC, stats+gap+userip − stats+gap", rows))
 
@@ -325,8 +324,8 @@ def section_meaning(records: list[Record], _) -> str:
         f"{ahead}, they tell a held-out user's class more often than the most frequent class is right.\n\n"
         + table("data set|profile|attribute|bits|bits, shuffled|p|held-out accuracy|shuffled|majority", rows))
     cards = [(one.name, one.folder / "cards.md") for one in records if one.whole and (one.folder / "cards.md").exists()]
-    shown = [f"\n**{name}: cards**\n\n{path.read_text(encoding='utf-8').strip()}\n" for name, path in cards]
-    return (text or "") + "".join(shown)
+    return (text or "") + "".join(f"\n**{name}: cards**\n\n{path.read_text(encoding='utf-8').strip()}\n"
+                                  for name, path in cards)
 
 
 # A row per figure: file of bench/, keys on the way to it (in each case of the list named as the file, if there is one),
