@@ -434,8 +434,9 @@ class Features:
             return list(zip(plain_statistics(self.source, train), itertools.cycle(self.sizes)))
         indptr, text = data.row_texts(self.source, train, self.args.kinds)
         without = ABLATIONS.get(name, self.args.without)
-        return [(profile_evidence(self.source, self.table, indptr, text, p, without), self.sizes[p])
-                for p, profile in enumerate(profiles) if name not in profiles or name == profile]
+        found = [(profile_evidence(self.source, self.table, indptr, text, p, without), self.sizes[p])
+                 for p, profile in enumerate(profiles) if name not in profiles or name == profile]
+        return [one for one in found if len(one[0].text)] or found     # --kinds may leave a profile without a text
 
     def codes(self, name: str, seed: int) -> tuple[np.ndarray, list[int]]:
         """int64 [R, E] of one feature (not a sum a+b), and codes per field, without the 0."""

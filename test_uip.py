@@ -3472,6 +3472,9 @@ def test_each_measurement_is_its_own_and_ablations_take_theirs(shop_folder):
     for without, name in (("tuning", "untuned"), ("causality", "reversed"), ("llm", "bag")):
         lacking = features_of(source, table, without=without).evidence("userip")[0][0]
         assert torch.equal(lacking.value, values[name])
+    titles = features_of(source, table, kinds=["title"])               # no title speaks for background
+    assert len(features.evidence("userip")) == 2 and len(titles.evidence("userip")) == 1
+    assert titles.codes("userip", 0)[0].shape[1] == 1
     # training rows see all training rows, their own too
     seen = features_of(source, table, without="time")
     late = seen.codes("userip", 0)[0]
