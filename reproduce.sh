@@ -201,15 +201,17 @@ PAGES="$Q results/report.py --results $RESULTS"    # makes all pages from the re
 [ "$RESULTS" = results ] || PAGES="$PAGES --readme $RESULTS/none"
 ALL=none,random,shuffled,stats,gap,untuned,bag,userip,stats+userip
 
-clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES]: click models of the data set RUN, paired with all others
+clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES]: click models of the data set RUN
   stage "$1" "ctr.py codebook.py" "${4:-profiles}" "$2/runs.jsonl" \
-    "$Q ctr.py run --data runs/$RUN/data --profiles runs/$RUN/${4:-profiles} $3 $CLICK --device $DEVICE --out $2 \$FRESH"
+    "$Q ctr.py run --data runs/$RUN/data --profiles runs/$RUN/${4:-profiles} $3 $CLICK --device $DEVICE \
+     --out $2 \$FRESH"
 }
 
 # real NAME "ARGUMENTS of data.py": one text table, then new and warm users, with the labels liked and chosen; then new
 # users with parts of the method left out, with other codebook sizes, and with titles alone
 real() {
-  local d=runs/$1 r=$RESULTS/$1 protocol label seeds models part k one="--protocol new --features userip --seeds ${SEEDS:-2}"
+  local d=runs/$1 r=$RESULTS/$1 protocol label seeds models part k
+  local one="--protocol new --features userip --seeds ${SEEDS:-2}"
   local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
   export RUN=$1
   environment

@@ -411,8 +411,19 @@ def gpu_tables(bench: Path, goal: float = 0.85) -> str:
         + table("part|figure|GPU|CPU", rows))
 
 
+def block_minutes(_, root: Path) -> str:
+    """Minutes of the LLM for large data sets, a column per machine and LLM."""
+    cpu, gpu = read_if_there(root / "bench/em.json"), read_if_there(root / "bench/gpu.json")
+    columns = [("SmolLM2-135M, {processor}, {threads} threads".format(**cpu["machine"]), cpu)] if cpu else []
+    columns += [(f"{one['part']}, {gpu['machine'].get('gpu', 'CPU')}", one)
+                for one in gpu.get("gpu", []) if "estimates" in one]
+    rows = [[name, f"{each['items']:,}", *(f"{one['estimates'][name]['minutes'] or 0.05:,.1f}" for _, one in columns)]
+            for name, each in (columns[0][1]["estimates"] if columns else {}).items()]
+    return table("|".join(["LLM minutes, *estimates*", "items", *(name for name, _ in columns)]), rows)
+
+
 def section_cost(records: list[Record], root: Path) -> str:
-    rows, guesses = figures(root / "bench"), read_if_there(root / "bench/em.json").get("estimates", {}).items()
+    rows = figures(root / "bench")
     demo = [one for one in records if one.name == "demo"]              # the others were timed on a busy machine
     stages = [[one.name, stage, f"{taken:,.1f}"] for one in demo
               for stage, taken in one.read("summary").get("seconds", {}).items()]
@@ -420,8 +431,7 @@ def section_cost(records: list[Record], root: Path) -> str:
         f"These are {len(rows)} figures, each measured on the machine that its row names. The LLM reads each distinct "
         "text once, so its time does not grow with the number of users.\n\n"
         + table("what|figure|aim|machine", rows) + "\n"
-        + table("minutes of the LLM, on the machine above|items|*estimate*",
-                [[name, f"{one['items']:,}", f"{one['minutes']:,.0f}"] for name, one in guesses]) + "\n"
+        + block_minutes(records, root) + "\n"
         + table("data set|stage|seconds", stages) + (gpu_tables(root / "bench") or ""))
 
 
@@ -475,7 +485,8 @@ SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label lik
             "codes": ("Codebook size", section_codes), "known": ("Rows known of a user", section_known),
             "chosen": ("Overall, label chosen", functools.partial(section_overall, label="chosen")),
             "cost": ("Cost", section_cost), "meaning": ("What IDs mean", section_meaning)}
-BLOCKS = {"demo": block_demo, "seconds": block_seconds, "findings": block_findings, "speed": block_speed}
+BLOCKS = {"demo": block_demo, "seconds": block_seconds, "findings": block_findings, "speed": block_speed,
+          "minutes": block_minutes}
 
 
 def folder_page(one: Record) -> str:
