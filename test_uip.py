@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MptConfig,
-                          PreTrainedTokenizer, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, LlamaConfig, MistralConfig, MptConfig,
+                          PreTrainedTokenizerFast, Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
@@ -955,12 +955,6 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def same_partition(a, b):
-    """True if two labellings group their rows in the same way."""
-    pairs = set(zip(torch.as_tensor(a).tolist(), torch.as_tensor(b).tolist()))
-    return len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
-
-
 def call(module, *words):
     """Runs a command as the shell would: (exit code, standard output, standard error)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -998,69 +992,8 @@ def test_kmeans_four_points_by_hand():
     assert torch.allclose(found.centroids, torch.tensor([[0.25, 0.0], [0.75, 1.0]]))
     assert found.inertia == pytest.approx(0.25)
     assert found.history == pytest.approx([0.5, 0.25])                 # two rows 0.5 off the start, then converged
-    swapped = kmeans(x, 2, init=x[[3, 0]])                             # a warm start keeps its order
-    assert swapped.ids.tolist() == [1, 1, 0, 0]
+    assert kmeans(x, 2, init=x[[3, 0]]).ids.tolist() == [1, 1, 0, 0]   # a warm start keeps its order
     assert kmeans(x, 2).ids.tolist() == [0, 0, 1, 1]                   # equal sizes: first coordinate decides
-
-
-@pytest.mark.parametrize("offset, chunk", [(0.0, 17), (100.0, 17), (0.0, 1), (0.0, 59), (0.0, 60), (0.0, 61)])
-def test_kmeans_equals_naive_loop(offset, chunk, monkeypatch):
-    monkeypatch.setattr(codebook, "rows_per_chunk", lambda x: chunk)
-    x = torch.randn(60, 5, generator=seeded(3)) + offset
-    for k in (3, 8):
-        for iters in (1, 2):
-            c, history = naive_lloyd(x, x[:k], iters)
-            found = kmeans(x, k, n_init=1, iters=iters, init=x[:k])
-            assert torch.allclose(found.centroids.double(), c, atol=3e-5)
-            assert found.history == pytest.approx(history, rel=1e-4)
-            value, ids = torch.cdist(x.double(), found.centroids.double()).square().min(1)
-            assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(value.sum()), rel=1e-5)
-
-
-def test_kmeans_inertia_never_rises_and_more_codes_are_never_worse():
-    x = torch.randn(500, 6, generator=seeded(1))
-    for seed in range(5):
-        found = kmeans(x, 8, n_init=1, init=x[torch.randperm(500, generator=seeded(seed))[:8]])
-        steps = [*found.history, found.inertia]
-        assert len(steps) > 4 and all(b <= a * (1 + 1e-6) for a, b in zip(steps, steps[1:]))
-    inertia = [kmeans(x, k).inertia for k in (1, 2, 4, 8, 16)]
-    assert inertia == sorted(inertia, reverse=True)
-    assert inertia[0] == pytest.approx(float((x - x.mean(0)).square().sum()), rel=1e-5)
-
-
-@pytest.mark.parametrize("offset", [0.0, 50.0])                        # without and with a centred copy
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_kmeans_leaves_its_input_alone(offset, dtype):
-    x = (blobs()[0] + offset).to(dtype)
-    before = x.clone()
-    found = kmeans(x, 4, iters=5)
-    found.centroids.add_(1)
-    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
-
-
-def test_kmeans_few_points_and_bad_input():
-    x = torch.tensor([[0.0], [1.0], [5.0]])
-    exact = kmeans(x, 3)                                               # n == k
-    assert exact.inertia < 1e-9 and sorted(exact.ids.tolist()) == [0, 1, 2]
-    assert exact.centroids.flatten().tolist() == pytest.approx([0, 1, 5], abs=1e-6)
-    five = torch.arange(5.0).repeat(20)[:, None] + 100                 # 5 distinct points, 10 codes
-    found = kmeans(five, 10)
-    assert found.inertia < 1e-6 and found.centroids.isfinite().all()
-    assert len(set(zip(five.flatten().tolist(), found.ids.tolist()))) == 5
-    same = kmeans(torch.full((6, 3), 7.0), 3)
-    assert same.inertia < 1e-9 and torch.allclose(same.centroids, torch.full((3, 3), 7.0))
-    assert len(same.ids.unique()) == 1
-    for bad, k in [(x, 4), (x[:0], 1), (x, 0), (x[:, 0], 1), (x[:, :0], 1)]:
-        with pytest.raises(ValueError, match="k-means needs"):
-            kmeans(bad, k)
-    for options in ({"iters": -1}, {"n_init": 0}, {"init": x}):
-        with pytest.raises(ValueError, match="k-means"):
-            kmeans(x, 2, **options)
-    for value in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="row 1 is the first of 1"):
-            kmeans(torch.tensor([[0.0], [value], [1.0]]), 2)
-    with pytest.raises(ValueError, match="init"):
-        kmeans(x, 2, init=torch.tensor([[0.0], [math.nan]]))
 
 
 def test_kmeans_empty_clusters_relocated_by_hand():
@@ -1074,69 +1007,87 @@ def test_kmeans_empty_clusters_relocated_by_hand():
     assert found.centroids.flatten().tolist() == pytest.approx([0.5, 10, 2], abs=1e-5)
 
 
-def test_kmeans_order_and_seed():
-    x, which = blobs(k=5)
-    first = kmeans(x, 5, generator=seeded(0))
-    assert same_partition(first.ids, which)
-    sizes = first.ids.bincount().tolist()
-    assert sizes == sorted(sizes, reverse=True)                        # canonical order: largest first
-    state = torch.random.get_rng_state()
-    other = kmeans(x, 5, generator=seeded(99))                         # another start, the same codes
-    assert torch.equal(first.ids, other.ids) and torch.allclose(first.centroids, other.centroids, atol=1e-4)
-    again = kmeans(x, 5, generator=seeded(0))
-    assert torch.equal(first.centroids, again.centroids) and torch.equal(state, torch.random.get_rng_state())
-    shifted = kmeans(x + 100, 5)
-    assert torch.equal(shifted.ids, first.ids) and shifted.inertia == pytest.approx(first.inertia, rel=1e-3)
-    square = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-
-
-def test_kmeans_starts_are_drawn_by_distance_and_the_best_of_ten_counts():
-    x = torch.zeros(1000, 2)
-    x[:3] = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])         # uniform starts would miss these three
-    assert len(codebook.seed_centroids(x, 4, seeded(0)).unique(dim=0)) == 4
-    x, _ = blobs(k=12, d=2, spread=1.0)
-    one, ten = ([kmeans(x, 6, n_init=n, generator=seeded(s)).inertia for s in range(4)] for n in (1, 10))
-    assert all(b <= a for a, b in zip(one, ten)) and sum(ten) < 0.999 * sum(one)
+@pytest.mark.parametrize("offset, chunk", [(0.0, 1), (0.0, 60), (100.0, 17)])
+def test_kmeans_equals_naive_loop(offset, chunk, monkeypatch):
+    monkeypatch.setattr(codebook, "rows_per_chunk", lambda x: chunk)
+    x = torch.randn(60, 5, generator=seeded(3)) + offset
+    for k, iters in ((3, 1), (3, 2), (8, 2)):
+        c, history = naive_lloyd(x, x[:k], iters)
+        found = kmeans(x, k, n_init=1, iters=iters, init=x[:k])
+        assert torch.allclose(found.centroids.double(), c, atol=3e-5)
+        assert found.history == pytest.approx(history, rel=1e-4)
 
 
 @pytest.mark.parametrize("x", [
     torch.tensor([[5e6], [5e6 + 1], [5e6 + 30], [5e6 + 31]]), blobs()[0] + 3000, blobs()[0].double() + 1e6,
-    torch.tensor([-100.0, 100.0]).repeat(50)[:, None] + 0.01 * torch.randn(100, 8, generator=seeded(0))])
-def test_kmeans_agrees_with_assign_to_the_centroids_returned(x):
-    found = kmeans(x, 2)
-    ids, distances = assign(x, found.centroids)
-    assert torch.equal(found.ids, ids) and found.inertia == float(distances.double().sum())
-    assert len(ids.unique()) == 2
+    (blobs()[0] + 50).bfloat16(), torch.tensor([-100.0, 100.0]).repeat(50)[:, None] + blobs(100)[0] / 100])
+def test_kmeans_far_from_zero_is_exact_and_leaves_its_input_alone(x):
+    before, found = x.clone(), kmeans(x, 2)
+    for chunk in (None, 7):
+        ids, distances = assign(x, found.centroids, chunk)
+        assert torch.equal(found.ids, ids) and found.inertia == pytest.approx(float(distances.double().sum()), rel=1e-6)
     exact = torch.cdist(x.double(), found.centroids.double()).square().min(1)
-    assert torch.equal(ids, exact.indices)
+    assert torch.equal(ids, exact.indices) and len(ids.unique()) == 2
     assert found.inertia == pytest.approx(float(exact.values.sum()), rel=1e-2)
-    if len(x) == 4:
-        assert ids.tolist() == [0, 0, 1, 1]
+    found.centroids.add_(1)
+    assert torch.equal(x, before) and found.centroids.dtype == torch.float32
 
 
-def test_kmeans_agrees_with_assign_on_ties():
+def test_kmeans_inertia_never_rises_and_more_codes_or_starts_are_never_worse():
+    x = torch.randn(500, 6, generator=seeded(1))
+    for seed in range(5):
+        found = kmeans(x, 8, init=x[torch.randperm(500, generator=seeded(seed))[:8]])
+        steps = [*found.history, found.inertia]
+        assert len(steps) > 4 and all(b <= a * (1 + 1e-6) for a, b in zip(steps, steps[1:]))
+    inertia = [kmeans(x, k).inertia for k in (1, 2, 4, 8, 16)]
+    assert inertia == sorted(inertia, reverse=True)
+    assert inertia[0] == pytest.approx(float((x - x.mean(0)).square().sum()), rel=1e-5)
+    x, _ = blobs(k=12, d=2, spread=1.0)
+    one, ten = ([kmeans(x, 6, n_init=n, generator=seeded(s)).inertia for s in range(4)] for n in (1, 10))
+    assert all(b <= a for a, b in zip(one, ten)) and sum(ten) < 0.999 * sum(one)
+    x = torch.zeros(1000, 2)
+    x[:3] = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])         # starts drawn by distance find these three
+    assert kmeans(x, 4, n_init=1, iters=0).inertia == 0
+
+
+def test_kmeans_order_seed_and_ties():
+    x, which = blobs(k=5)
+    state, first = torch.random.get_rng_state(), kmeans(x, 5, generator=seeded(0))
+    sizes = first.ids.bincount().tolist()
+    assert ari(first.ids, which) > 0.999 and sizes == sorted(sizes, reverse=True)         # largest first
+    other = kmeans(x, 5, generator=seeded(99))                         # another start, the same codes
+    assert torch.equal(first.ids, other.ids) and torch.allclose(first.centroids, other.centroids, atol=1e-4)
+    again = kmeans(x, 5, generator=seeded(0))
+    assert torch.equal(first.centroids, again.centroids) and torch.equal(state, torch.random.get_rng_state())
+    square = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert kmeans(square, 4).centroids.round().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     x = torch.tensor([[0.0], [0.0], [0.0], [1.0], [2.0]])              # row 3 is as near to 0 as to 2
     for seed in range(9):
         found = kmeans(x, 2, iters=0, n_init=1, generator=seeded(seed))
         assert torch.equal(found.ids, assign(x, found.centroids)[0])
 
 
-def test_assign_far_from_zero():
-    x = torch.randn(50, 4, generator=seeded(2)) + 3000
-    ids, distance = assign(x, x[:6], chunk=7)
-    exact = torch.cdist(x.double(), x[:6].double()).square().min(1)
-    assert torch.equal(ids, exact.indices) and torch.allclose(distance.double(), exact.values, atol=1e-4)
-
-
-def test_kmeans_does_not_split_what_only_rounding_tells_apart():
-    """Six rows that differ in the last bit, and two groups of such: equal users get equal IDs."""
-    noise = torch.randn(6, 32, generator=seeded(0)) * 1e-7
-    row = torch.randn(32, generator=seeded(1))
-    assert len(kmeans(row + noise, 4).ids.unique()) == 1
-    two = kmeans(torch.cat([row + noise, row + 0.01 + noise]), 4).ids
+def test_kmeans_of_few_or_equal_points_gives_equal_points_equal_codes():
+    exact = kmeans(torch.tensor([[0.0], [1.0], [5.0]]), 3)             # as many points as codes
+    assert exact.inertia < 1e-9 and exact.centroids.flatten().tolist() == pytest.approx([0, 1, 5], abs=1e-6)
+    five = torch.arange(5.0).repeat(20)[:, None] + 100                 # 5 distinct points, 10 codes
+    found = kmeans(five, 10)
+    assert found.inertia < 1e-6 and len(set(zip(five.flatten().tolist(), found.ids.tolist()))) == 5
+    same = kmeans(torch.full((6, 3), 7.0), 3)
+    assert torch.allclose(same.centroids, torch.full((3, 3), 7.0)) and len(same.ids.unique()) == 1
+    noise, row = torch.randn(6, 32, generator=seeded(0)) * 1e-7, torch.randn(32, generator=seeded(1))
+    two = kmeans(torch.cat([row + noise, row + 0.01 + noise]), 4).ids  # within a group only rounding differs
     assert len(two[:6].unique()) == len(two[6:].unique()) == 1 and two[0] != two[6]
-    assert len(kmeans((row + noise).double() * torch.linspace(1, 1 + 1e-9, 6)[:, None].double(), 3).ids.unique()) == 3
+
+
+def test_kmeans_bad_input():
+    x, nan = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.0], [math.nan], [1.0]])
+    for bad, k, options, says in (
+            (x, 4, {}, "4 codes, 3 rows"), (x, 0, {}, "0 codes, 3 rows"), (x[:, 0], 1, {}, "needs a table"),
+            (x, 2, {"iters": -1}, "needs iters"), (x, 2, {"init": x}, "init"), (x, 2, {"init": nan[:2]}, "init"),
+            (nan, 2, {}, "row 1 is the first of 1"), (nan.nan_to_num(math.inf), 2, {}, "row 1 is the first of 1")):
+        with pytest.raises(ValueError, match=f"k-means.*{says}"):
+            kmeans(bad, k, **options)
 
 
 def test_vq_collapses_where_kmeans_does_not():
@@ -1144,91 +1095,52 @@ def test_vq_collapses_where_kmeans_does_not():
     which = torch.randint(4, (400,), generator=g)
     common = torch.randn(576, generator=g) / 576 ** 0.5 * 2.5          # norm ≈ 2.5, the groups ≈ 1 around it
     x = common + (torch.randn(4, 576, generator=g)[which] + 0.3 * torch.randn(400, 576, generator=g)) / 24
-    for seed in range(2):
-        trained = vq(x, 4, steps=200, generator=seeded(seed))
-        assert perplexity(trained.ids, 4) < 1.5
-        assert trained.history[-1] < 0.7 * trained.history[0]          # it did train
-    found = kmeans(x, 4)
-    assert perplexity(found.ids, 4) > 3.5 and same_partition(found.ids, which)
+    trained, found = vq(x, 4, steps=200, generator=seeded(0)), kmeans(x, 4)
+    assert perplexity(trained.ids, 4) < 1.5 and trained.history[-1] < 0.7 * trained.history[0]           # it did train
+    assert perplexity(found.ids, 4) > 3.5 and ari(found.ids, which) > 0.999
+    assert perplexity(np.array([0, 0, 0, 1]), 3) == pytest.approx(0.75 ** -0.75 * 0.25 ** -0.25)
     start = vq(x, 4, steps=0).centroids
     assert 0.24 < float(start.max()) <= 0.25 and -0.25 <= float(start.min()) < -0.24
     apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
     assert vq(apart, 2, steps=1500, generator=seeded(3)).inertia < 0.01 * len(apart)
 
 
-def test_perplexity_by_hand():
-    assert perplexity(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(4)
-    assert perplexity([2, 2], 4) == pytest.approx(1)
-    assert perplexity(np.array([0, 0, 0, 1]),
-                      3) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-
-
 # ------------------------------------------------------------------------------------ sums over texts and rows
 
-def random_csr(rng, rows=40, texts=9, most=4):
-    size = rng.integers(0, most + 1, rows)
-    return torch.from_numpy(np.append(0, size.cumsum())), torch.from_numpy(rng.integers(0, texts, size.sum()))
-
-
-def test_sums_and_selections_of_texts_equal_loops():
-    rng = np.random.default_rng(0)
-    indptr, text = random_csr(rng)
-    value = torch.randn(9, 3, dtype=torch.float64, generator=seeded(0))
-    lists = [text[a:b].tolist() for a, b in zip(indptr, indptr[1:])]
-    want = [sum((value[t] for t in row), torch.zeros(3, dtype=torch.float64)) for row in lists]
-    assert torch.allclose(codebook.sum_texts(indptr, text, value), torch.stack(want))
-    assert codebook.sum_texts(torch.zeros(3, dtype=torch.long), text[:0], value).tolist() == [[0.0] * 3] * 2
-    keep = torch.tensor([True, False, True, True, False, True, True, False, True])
-    pointer, kept = codebook.select_texts(indptr, text, keep)
-    assert [kept[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [[t for t in row if keep[t]] for row in lists]
-    group = torch.from_numpy(rng.integers(0, 7, 40))
-    pointer, grouped = codebook.group_texts(indptr, text, group, 8)
-    assert [grouped[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [
-        [t for row, g in zip(lists, group.tolist()) if g == one for t in row] for one in range(8)]
-    rows = torch.from_numpy(np.flatnonzero(rng.random(40) < 0.5))
-    pointer, kept = codebook.select_rows(indptr, text, rows)
-    assert [kept[a:b].tolist() for a, b in zip(pointer, pointer[1:])] == [lists[r] for r in rows.tolist()]
-
-
-def test_sums_before_by_hand_and_against_a_loop():
+def test_sums_and_ids_of_a_rows_past_by_hand_and_against_a_loop():
+    """What is told before a row: the first seen[r] rows of its user, and none of another user."""
     z, user = torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.tensor([0, 0, 0, 1])
     assert codebook.sums_before(z, user, torch.tensor([0, 1, 2, 0])).flatten().tolist() == [0, 1, 3, 0]
     assert codebook.sums_before(z, user, torch.tensor([3, 0, 3, 1])).flatten().tolist() == [7, 0, 7, 8]
-    rng = np.random.default_rng(1)
-    user = torch.from_numpy(np.sort(rng.integers(0, 12, 60)))
-    z = torch.randn(60, 4, dtype=torch.float64, generator=seeded(1))
-    first = [user.tolist().index(u) for u in user.tolist()]
-    seen = torch.tensor([rng.integers(0, (user == u).sum() + 1) for u in user])
-    want = torch.stack([z[a:a + s].sum(0) for a, s in zip(first, seen.tolist())])
-    assert torch.allclose(codebook.sums_before(z, user, seen), want)
+    evidence, user, item, _ = planted_evidence(users=30, seed=1)
+    book, *_ = codebook.fit_codebook(evidence, user, item, 30, 3)
+    start = torch.searchsorted(user, user)
+    seen = (torch.rand(len(user), generator=seeded(1)) * (torch.arange(len(user)) - start + 1)).long()   # of the past
+    evidence.weight[user == 5] = 0                                     # these rows tell nothing
+    evidence.value[user == 5] = 0
+    for rows in (7, 65_536):                                           # in pieces, and all at once
+        ids, sure = codebook.ids_before(book, evidence, user, seen, rows)
+        for r, past in enumerate(slice(a, a + s) for a, s in zip(start.tolist(), seen.tolist())):
+            n = evidence.weight[past].double().sum()
+            z = book.project(evidence.value[past], evidence.weight[past]).sum(0)
+            probability, code = codebook.responsibilities(book, z[None], n[None])[0].max(0)
+            assert ids[r] == (code if n > 0 else -1) and float(sure[r]) == pytest.approx(float(probability), abs=1e-4)
+    assert (ids[seen == 0] == -1).all() and (ids[user == 5] == -1).all() and (ids >= 0).sum() > 200
 
 
-def test_split_halves_by_hand_and_against_a_loop():
+def test_split_halves_by_hand():
     # user 0 meets items 5, 7, 9: A, B, A, and the second row of 5 goes where 5 is; every user starts with A
     user, item = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3]), torch.tensor([5, 7, 5, 9, 7, 7, 3, 9, 7, 5])
     assert codebook.split_halves(user, item).int().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
-    rng = np.random.default_rng(2)
-    user, item = np.sort(rng.integers(0, 15, 200)), rng.integers(0, 6, 200)
-    want, half = [], {}
-    for u, i in zip(user.tolist(), item.tolist()):
-        mine = half.setdefault(u, {})
-        want.append(mine.setdefault(i, len(mine) % 2 == 1))
-    found = codebook.split_halves(torch.from_numpy(user), torch.from_numpy(item)).tolist()
-    assert found == want
-    sides = {(u, i): {h for v, j, h in zip(user, item, found) if (v, j) == (u, i)} for u, i in zip(user, item)}
-    assert all(len(side) == 1 for side in sides.values())
 
 
 def test_bag_of_words_is_a_sum_of_one_fixed_direction_per_word():
     value, count = codebook.bag_of_words(["red fishing rod", "Rod", "", "red", "rod red  FISHING rod"], 64)
     again, _ = codebook.bag_of_words(["fishing", "rod red fishing"], 64)
     assert count.tolist() == [3, 1, 0, 1, 4] and value.shape == (5, 64) and value.dtype == np.float32
-    assert np.allclose(value[0], value[1] + value[3] + again[0], atol=1e-5)
-    assert np.allclose(value[0], again[1], atol=1e-5)
-    assert np.allclose(value[4], value[0] + value[1], atol=1e-5) and not value[2].any()
-    wide = codebook.bag_of_words([f"word{i}" for i in range(50)], 4096)[0]
-    similarity = wide @ wide.T / 4096
-    assert np.allclose(similarity, np.eye(50), atol=0.15)              # another word, an unrelated direction
+    assert np.allclose(value[[0, 0, 4]], [value[1] + value[3] + again[0], again[1], value[0] + value[1]], atol=1e-5)
+    wide, _ = codebook.bag_of_words([f"word{i}" for i in range(50)], 4096)
+    assert np.allclose(wide @ wide.T / 4096, np.eye(50), atol=0.15)    # another word, an unrelated direction
 
 
 # ----------------------------------------------------------------------------------------- directions and mixture
@@ -1256,9 +1168,8 @@ def planted_evidence(users=1200, d=14, q=2, seed=0, signal=1.0):
     item = torch.arange(R)                                             # nobody shares an item
     evidence = Evidence(torch.arange(R + 1), torch.arange(R), torch.from_numpy(value.astype(np.float32)),
                         torch.from_numpy(weight))
-    truth = {"B": torch.from_numpy(B), "common": torch.from_numpy(common), "pi": torch.from_numpy(pi),
-             "theta": torch.from_numpy(theta), "code": torch.from_numpy(code)}
-    return evidence, torch.from_numpy(user), item, truth
+    truth = {"B": B, "common": common, "theta": theta, "code": code}
+    return evidence, torch.from_numpy(user), item, {name: torch.from_numpy(array) for name, array in truth.items()}
 
 
 def test_fit_codebook_recovers_subspace_mixture_and_codes():
@@ -1279,54 +1190,31 @@ def test_fit_codebook_recovers_subspace_mixture_and_codes():
     assert torch.allclose(book.noise, (v.T @ C @ v).diagonal(), rtol=0.1)
     assert len(book.history) > 1 and all(b >= a - 1e-6 for a, b in zip(book.history, book.history[1:]))
     r = codebook.responsibilities(book, z, n)
-    many = n > 12
-    assert float((r.argmax(1) == truth["code"])[many].double().mean()) > 0.99
+    assert float((r.argmax(1) == truth["code"])[n > 12].double().mean()) > 0.99
     assert r[0].tolist() == pytest.approx(book.pi.tolist()) and n[0] == 0           # no row: the prior
-    sums = [(book.project(evidence.value, evidence.weight)[user == u]).sum(0) for u in range(5)]
+    sums = [book.project(evidence.value, evidence.weight)[user == u].sum(0) for u in range(5)]
     assert torch.allclose(z[:5], torch.stack(sums))
     assert n[:5].tolist() == [float(evidence.weight[user == u].sum()) for u in range(5)]
+    assert torch.allclose(book.mean, (evidence.value.double().sum(0) / evidence.weight.double().sum()))
 
 
-def test_fit_codebook_takes_the_halves_of_paired_users_as_a_loop_does():
-    """Users with one row or none take no part in the directions; directions, noise and mean equal a loop's."""
-    evidence, user, item, _ = planted_evidence(users=60, seed=1)
-    book, _, _ = codebook.fit_codebook(evidence, user, item, 60, 3)
-    mean = evidence.value.double().sum(0) / evidence.weight.double().sum()
-    assert torch.allclose(book.mean, mean)
-    half, centred = codebook.split_halves(user, item), evidence.value.double() - evidence.weight.double()[:,
-        None] * mean
-    sums, weights = [], []
-    for u in range(60):
-        sides = [(user == u) & (half == side) for side in (False, True)]
-        if all(side.any() for side in sides):
-            sums.append([centred[side].sum(0) for side in sides])
-            weights.append([evidence.weight[side].double().sum() for side in sides])
-    assert len(sums) == 58
-    (a, b), (n_a, n_b) = (torch.stack(list(side)) for side in zip(*sums)), (torch.stack(side) for side in zip(*weights))
-    v, eigenvalues, chance = codebook.find_directions(a, n_a, b, n_b)
-    assert torch.allclose(eigenvalues, book.eigenvalues, atol=1e-5) and chance == pytest.approx(book.chance, rel=1e-4)
-    assert float(torch.linalg.svdvals(torch.linalg.qr(v).Q.T @ torch.linalg.qr(book.directions).Q).min()) > 0.9999
-    gap = (a / n_a[:, None] - b / n_b[:, None]) @ book.directions
-    assert torch.allclose(book.noise, (gap.square() * (n_a * n_b / (n_a + n_b))[:, None]).mean(0), rtol=1e-4)
+def no_direction(eigenvalues, chance, directions):
+    """True if halves agree no more than chance (a codebook has at least one direction)."""
+    return directions.shape[1] == 1 and eigenvalues[0] < 1.3 * chance
 
 
-def test_halves_of_different_users_agree_in_no_direction():
-    for seed in range(4):
-        g = seeded(seed)
-        theta = 3 * torch.randn(300, 6, generator=g)
-        a, b = (theta + torch.randn(300, 6, generator=g) for _ in range(2))
-        own, eigenvalues, chance = codebook.find_directions(a, torch.ones(300), b, torch.ones(300))
-        assert own.shape == (6, 6) and eigenvalues[5] > 2 * chance
-        strange = b[torch.randperm(300, generator=g)]
-        v, eigenvalues, chance = codebook.find_directions(a, torch.ones(300), strange, torch.ones(300))
-        assert v.shape == (6, 1) and eigenvalues[0] < 1.2 * chance
-
-
-def test_unrelated_evidence_has_no_direction_above_chance():
-    for seed in range(3):
-        evidence, user, item, _ = planted_evidence(users=300, seed=seed, signal=0.0)
-        book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
-        assert book.directions.shape[1] == 1 and book.eigenvalues[0] < 1.3 * book.chance
+@pytest.mark.parametrize("seed", range(3))
+def test_halves_of_different_users_and_unrelated_evidence_agree_in_no_direction(seed):
+    g, one = seeded(seed), torch.ones(300)
+    theta = 3 * torch.randn(300, 6, generator=g)
+    a, b = (theta + torch.randn(300, 6, generator=g) for _ in range(2))
+    own, eigenvalues, chance = codebook.find_directions(a, one, b, one)
+    assert own.shape == (6, 6) and eigenvalues[5] > 2 * chance
+    v, eigenvalues, chance = codebook.find_directions(a, one, b[torch.randperm(300, generator=g)], one)
+    assert no_direction(eigenvalues, chance, v)
+    evidence, user, item, _ = planted_evidence(users=300, seed=seed, signal=0.0)
+    book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
+    assert no_direction(book.eigenvalues, book.chance, book.directions)
 
 
 def test_an_item_bought_twice_is_no_evidence_of_the_user():
@@ -1335,12 +1223,10 @@ def test_an_item_bought_twice_is_no_evidence_of_the_user():
     rng = np.random.default_rng(0)
     user = torch.arange(300).repeat_interleave(8)
     item = torch.from_numpy(np.stack([rng.choice(50, 4, replace=False).repeat(2) for _ in range(300)]).ravel())
-    value = torch.randn(50, 10, generator=seeded(0)) * 3
-    evidence = Evidence(torch.arange(2401), item, value, torch.ones(50))
+    evidence = Evidence(torch.arange(2401), item, torch.randn(50, 10, generator=seeded(0)) * 3, torch.ones(50))
     book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
-    assert book.directions.shape[1] == 1 and book.eigenvalues[0] < 1.3 * book.chance
-    # as if each row were an item of its own
-    torn, _, _ = codebook.fit_codebook(evidence, user, torch.arange(2400), 300, 3)
+    assert no_direction(book.eigenvalues, book.chance, book.directions)
+    torn, _, _ = codebook.fit_codebook(evidence, user, torch.arange(2400), 300, 3)           # each row its own item
     assert torn.eigenvalues[0] > 3 * torn.chance and torn.directions.shape[1] > 5
 
 
@@ -1349,9 +1235,8 @@ def random_book(k=4, q=3, seed=0):
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     blank = torch.zeros(0, dtype=torch.float64)
     return Codebook(mean=blank, directions=torch.zeros(5, q, dtype=torch.float64), noise=draw(q).exp(),
-                    prior=draw(q).exp() + 1,
-                    pi=draw(k).softmax(0), mu=2 * draw(k, q), spread=0.3 * draw(q).exp(), eigenvalues=blank, chance=0.0,
-                    history=[])
+                    prior=draw(q).exp() + 1, pi=draw(k).softmax(0), mu=2 * draw(k, q), spread=0.3 * draw(q).exp(),
+                    eigenvalues=blank, chance=0.0, history=[])
 
 
 def gaussian_sample(noise, prior, users=400, seed=0):
@@ -1362,91 +1247,66 @@ def gaussian_sample(noise, prior, users=400, seed=0):
     return n[:, None] * (theta * prior.sqrt() + error * (noise / n[:, None]).sqrt()), n
 
 
-def test_posterior_equals_bayes_rule():
+def test_posterior_and_responsibilities_are_the_rule_of_bayes():
+    """The posterior against prior × likelihood on a grid. r has no π: k-means' codes are cells, not a mixture."""
     book = random_book()
     z, n = gaussian_sample(book.noise, book.prior, 20)
+    z[4], n[4] = 0, 0                                                  # a user without evidence
     mean, variance = codebook.posterior(z, n, book.noise, book.prior)
-    theta = torch.linspace(-30, 30, 60001, dtype=torch.float64)        # prior × likelihood on a grid
-    for u in range(20):
-        for j in range(3):
-            log = -theta.square() / (2 * book.prior[j]) - n[u] * (z[u, j] / n[u] - theta).square() / (2 * book.noise[j])
-            p = log.softmax(0)
-            assert float(mean[u, j]) == pytest.approx(float(p @ theta), abs=1e-6)
-            assert float(variance[u, j]) == pytest.approx(float(p @ (theta - p @ theta).square()), rel=1e-4)
+    theta = torch.linspace(-30, 30, 60001, dtype=torch.float64)
+    log = (z[:, :, None] * theta - n[:, None, None] * theta.square() / 2) / book.noise[:, None]
+    p = (log - theta.square() / (2 * book.prior[:, None])).softmax(2)  # (users, q, grid)
+    assert torch.allclose(mean, p @ theta, atol=1e-6)
+    assert torch.allclose(variance, p @ theta.square() - mean.square(), rtol=1e-4)
+    normal = torch.distributions.Normal(book.mu, (book.spread + variance[:, None]).sqrt())   # (users, K, q)
+    want = normal.log_prob(mean[:, None]).sum(2).softmax(1)
+    want[4] = book.pi
+    assert torch.allclose(codebook.responsibilities(book, z, n), want, atol=1e-9)
     flat, error = codebook.posterior(z, n, book.noise, torch.full((3,), math.inf, dtype=torch.float64))
-    assert torch.allclose(flat, z / n[:, None]) and torch.allclose(error, book.noise / n[:, None])
+    assert torch.allclose(flat[5:], z[5:] / n[5:, None]) and torch.allclose(error[5:], book.noise / n[5:, None])
 
 
 def test_em_for_the_prior_climbs_to_the_top_of_the_likelihood():
-    noise, prior = torch.tensor([4.0, 1.0, 9.0], dtype=torch.float64), torch.tensor([1.0, 0.2, 3.0],
-        dtype=torch.float64)
+    noise, prior = torch.tensor([[4, 1, 9], [1, 0.2, 3]], dtype=torch.float64)
     z, n = gaussian_sample(noise, prior, 3000)
     found, history = codebook.learn_prior(z, n, noise)
     assert len(history) > 3 and all(b >= a - 1e-9 * abs(a) for a, b in zip(history, history[1:]))    # never falls
     assert torch.allclose(found, prior, rtol=0.15)
-    likelihood = lambda T: float(torch.distributions.Normal(0,
-                                                            (T + noise / n[:, None]).sqrt()).log_prob(z / n[:,
-                                                                None]).sum())
+    normal = lambda T: torch.distributions.Normal(0, (T + noise / n[:, None]).sqrt())
+    likelihood = lambda T: float(normal(T).log_prob(z / n[:, None]).sum())
     assert history[-1] == pytest.approx(likelihood(found), abs=0.1)
     assert all(likelihood(found * factor) < history[-1] for factor in (0.9, 1.1))
     nothing, _ = codebook.learn_prior(*gaussian_sample(noise, 0 * prior, 3000), noise)
     assert (nothing < 0.02 * noise).all()                              # noise alone is not taken for users
 
 
-def test_responsibilities_equal_bayes_rule():
-    book = random_book()
-    z, n = gaussian_sample(book.noise, book.prior, 30)
-    n[4] = 0
-    want = torch.zeros(30, 4, dtype=torch.float64)
-    for u in range(30):
-        for k in range(4):
-            want[u, k] = float(book.pi[k]) if n[u] == 0 else 1.0
-            for j in range(3):
-                if n[u] > 0:
-                    # posterior variance
-                    left = 1 / (1 / float(book.prior[j]) + float(n[u]) / float(book.noise[j]))
-                    gap = left * float(z[u, j]) / float(book.noise[j]) - float(book.mu[k, j])
-                    variance = float(book.spread[j]) + left
-                    want[u, k] *= math.exp(-gap ** 2 / (2 * variance)) / math.sqrt(2 * math.pi * variance)
-    found = codebook.responsibilities(book, z, n)
-    assert torch.allclose(found, want / want.sum(1, keepdim=True), atol=1e-9)
-    assert torch.equal(found[4], book.pi)
-
-
 def test_codes_are_those_of_kmeans_on_the_posterior_means():
-    noise = torch.full((3,), 1e-6, dtype=torch.float64)                # equal noise and tiny spread
-    x, n = torch.randn(300, 3, generator=seeded(0), dtype=torch.float64), torch.full((300,), 7.0, dtype=torch.float64)
-    book = random_book(k=5)._replace(noise=noise, prior=torch.ones(3, dtype=torch.float64))
-    mean = codebook.posterior(x * 7, n, noise, book.prior)[0]
-    found, fitted = kmeans(mean, 5), codebook.fit_codes(book, x * 7, n, 5)
-    assert torch.equal(fitted.mu, found.centroids.double())
+    x = torch.randn(300, 3, generator=seeded(0), dtype=torch.float64)
+    n = torch.from_numpy(np.random.default_rng(0).integers(1, 30, 300).astype(float))
+    book = random_book(k=5)._replace(noise=torch.full((3,), 9.0, dtype=torch.float64),
+                                     prior=torch.ones(3, dtype=torch.float64))
+    mean = x * (n / (n + 9))[:, None]                                  # who told little is shrunk
+    found, fitted = kmeans(mean, 5), codebook.fit_codes(book, x * n[:, None], n, 5)
+    assert torch.allclose(fitted.mu, found.centroids.double(), atol=1e-5)
     assert torch.allclose(fitted.pi, found.ids.bincount().double() / 300)
-    assert torch.allclose(fitted.spread, (mean - fitted.mu[found.ids]).square().mean(0))
-    equal = fitted._replace(spread=noise)
-    assert torch.equal(codebook.responsibilities(equal, x * 7, n).argmax(1), found.ids)
-    # who tells little is shrunk
-    few = torch.from_numpy(np.random.default_rng(0).integers(1, 30, 300).astype(float))
-    wide = book._replace(noise=torch.full((3,), 9.0, dtype=torch.float64))
-    fitted = codebook.fit_codes(wide, x * few[:, None], few, 5)
-    shrunk = x * (few / (few + 9))[:, None]
-    assert torch.allclose(fitted.mu, kmeans(shrunk, 5).centroids.double(), atol=1e-5)
+    assert torch.allclose(fitted.spread, (mean - fitted.mu[found.ids]).square().mean(0), atol=1e-5)
+    # equal evidence, equal noise that goes to 0: the most probable code is k-means' nearest
+    tiny, seven = torch.full((3,), 1e-6, dtype=torch.float64), torch.full((300,), 7.0, dtype=torch.float64)
+    book = codebook.fit_codes(book._replace(noise=tiny), x * 7, seven, 5)._replace(spread=tiny)
+    assert torch.equal(codebook.responsibilities(book, x * 7, seven).argmax(1), kmeans(x, 5).ids)
 
 
-def test_without_leaves_parts_out(monkeypatch):
+def test_without_leaves_parts_out():
     evidence, user, item, _ = planted_evidence(users=200, seed=2)
-    calls = []
-    for name in ("kmeans", "vq"):
-        real = getattr(codebook, name)
-        monkeypatch.setattr(codebook, name, lambda *args, real=real, name=name, **how: calls.append(name)
-                            or real(*args, **how))
     fit = lambda without, **how: codebook.fit_codebook(evidence, user, item, 200, 3, without=without, **how)
     (full, z, n), (em, *_), (quantised, *_) = fit(""), fit("em"), fit("kmeans")
-    assert calls == ["kmeans", "kmeans", "vq"] and len(full.history) > 1 and full.history == quantised.history
-    assert torch.equal(full.directions, em.directions) and em.history == [] and em.prior.isinf().all()
+    mean = codebook.posterior(z, n, full.noise, full.prior)[0][n > 0]
+    assert torch.allclose(full.mu, kmeans(mean, 3).centroids.double(), atol=1e-6)
+    assert torch.allclose(quantised.mu, vq(mean, 3).centroids.double(), atol=1e-6)
     raw = (z / n[:, None])[n > 0]                                      # without EM: k-means of what is not shrunk
     assert torch.allclose(em.mu, kmeans(raw, 3).centroids.double(), atol=1e-6)
-    assert not torch.allclose(em.mu, full.mu, atol=1e-6)
-    signal = fit("signal", directions=4)[0]                               # principal components instead
+    assert torch.equal(full.directions, em.directions) and em.history == [] and em.prior.isinf().all()
+    signal = fit("signal", directions=4)[0]                            # principal components instead
     centred = evidence.value.double() - evidence.weight.double()[:, None] * full.mean
     vectors = torch.linalg.svd(centred, full_matrices=False).Vh[:4].T
     assert signal.chance == 0
@@ -1455,21 +1315,18 @@ def test_without_leaves_parts_out(monkeypatch):
 
 def test_fit_codebook_edges():
     evidence, user, item, _ = planted_evidence(users=20, seed=3)
-    # more codes than users; three more users without rows
-    book, _, n = codebook.fit_codebook(evidence, user, item, 23, 64)
-    assert len(book.pi) == int((n > 0).sum()) == 19 and n[-3:].tolist() == [0, 0, 0]
-    assert book.directions.isfinite().all()
+    book, _, n = codebook.fit_codebook(evidence, user, item, 23, 64)   # more codes than users; four have no row
+    assert len(book.pi) == int((n > 0).sum()) == 19 and book.directions.isfinite().all()
+    silent = evidence._replace(indptr=torch.zeros_like(evidence.indptr), text=evidence.text[:0])
     with pytest.raises(ValueError, match="no user has evidence"):
-        codebook.fit_codebook(evidence._replace(indptr=torch.zeros_like(evidence.indptr), text=evidence.text[:0]), user,
-                              item, 20, 3)
-    # nobody has two halves: the kit still gives codes
-    one = [user.tolist().index(u) for u in user.unique().tolist()]
-    single = codebook.select_rows(evidence.indptr, evidence.text, torch.tensor(one))
-    book, z, n = codebook.fit_codebook(evidence._replace(indptr=single[0], text=single[1]), user[one], item[one], 20, 3)
+        codebook.fit_codebook(silent, user, item, 20, 3)
+    one = torch.tensor([user.tolist().index(u) for u in user.unique().tolist()])             # nobody has two halves
+    indptr, text = codebook.select_rows(evidence.indptr, evidence.text, one)
+    book, z, _ = codebook.fit_codebook(evidence._replace(indptr=indptr, text=text), user[one], item[one], 20, 3)
     assert len(book.pi) == 3 and z.isfinite().all() and book.mu.isfinite().all() and book.noise.gt(0).all()
 
 
-def test_equal_users_get_equal_ids_and_order_of_codes_is_that_of_pi():
+def test_equal_users_get_equal_ids():
     evidence, user, item, _ = planted_evidence(users=100, seed=4)
     twice = evidence._replace(indptr=torch.arange(2 * len(user) + 1), text=torch.cat([evidence.text, evidence.text]))
     book, z, n = codebook.fit_codebook(twice, torch.cat([user, user + 100]), torch.cat([item, item]), 200, 5)
@@ -1477,19 +1334,16 @@ def test_equal_users_get_equal_ids_and_order_of_codes_is_that_of_pi():
     assert torch.equal(ids[:100], ids[100:]) and book.pi.tolist() == sorted(book.pi.tolist(), reverse=True)
 
 
-def test_explained_variance_is_that_of_heldout_users_and_bends_at_the_true_number_of_codes():
+def test_explained_variance_is_that_of_heldout_users():
+    """Of users around four corners: four codes explain nearly all. Users without evidence take no part."""
     corners = torch.tensor([[a, b, 0.0] for a in (-3, 3) for b in (-3, 3)], dtype=torch.float64)
-    book = random_book()._replace(noise=torch.ones(3, dtype=torch.float64),
-                                  prior=torch.tensor([9, 9, 0.1], dtype=torch.float64))
-    rng = np.random.default_rng(0)
-    n = torch.from_numpy(rng.integers(10, 30, 800).astype(float))
-    theta = corners[rng.integers(0, 4, 800)] + 0.3 * torch.from_numpy(rng.normal(size=(800, 3)))
-    z = n[:, None] * theta + n[:, None].sqrt() * torch.from_numpy(rng.normal(size=(800, 3)))
-    blank = torch.zeros(50, 3, dtype=torch.float64)                    # users without evidence take no part
-    found = codebook.explained_variance(book, torch.cat([z, blank]), torch.cat([n, blank[:, 0]]), (2, 4, 16, 700))
-    # 700: too few users
+    noise, spread = torch.ones(3, dtype=torch.float64), torch.full((3,), 0.09, dtype=torch.float64)
+    book, (z, n) = random_book()._replace(noise=noise, prior=9 * noise), gaussian_sample(noise, spread, 800)
+    z += n[:, None] * corners[torch.randint(4, (800,), generator=seeded(0))]
+    n[-50:] = 0
+    found = codebook.explained_variance(book, z, n, (2, 4, 16, 700))   # 700: too few users
     assert list(found) == [2, 4, 16] and found[2] < 0.6 < 0.95 < found[4] < found[16] < 1
-    held, mean = torch.arange(800) % 5 == 0, codebook.posterior(z, n, book.noise, book.prior)[0]
+    mean, held = codebook.posterior(z, n, noise, 9 * noise)[0][:750], torch.arange(750) % 5 == 0
     squares = assign(mean[held], kmeans(mean[~held], 4).centroids)[1].sum()
     assert found[4] == pytest.approx(1 - float(squares / (mean[held] - mean[held].mean(0)).square().sum()), rel=1e-5)
 
@@ -1502,7 +1356,7 @@ def make_bank(folder, n=2000, **how):
     return Bank.build(folder, users, codes, {"names": ["hobby", "life_stage"], "lm": "tiny"}, **how), users, codes
 
 
-def test_bank_round_trip(tmp_path):
+def test_bank_round_trip(tmp_path, monkeypatch):
     chance = np.random.default_rng(2).random((2000, 2))
     bank, users, codes = make_bank(tmp_path / "bank", probability=chance, codebook={"mu_0": np.eye(2)})
     order = np.random.default_rng(1).permutation(len(users))
@@ -1511,55 +1365,39 @@ def test_bank_round_trip(tmp_path):
     assert np.abs(bank.probability(asked) - chance[order]).max() <= 0.5 / 255 + 1e-6
     assert bank.lookup("nobody").tolist() == [[0, 0]] == bank.probability("nobody").tolist()
     assert bank.lookup([]).shape == (0, 2) == bank.probability([]).shape
-    assert bank.lookup(["nobody", "user3"]).tolist() == [[0, 0], codes[3].tolist()]
-    assert bank.codes.dtype == bank.sure.dtype == np.uint8 and bank.meta["names"] == ["hobby", "life_stage"]
+    assert bank.codes.dtype == bank.sure.dtype == np.uint8 and bank.meta["sizes"] == [4, 4]
     size = sum(os.path.getsize(bank.folder / name) for name in ("keys.npy", "codes.npy", "sure.npy"))
-    assert size / len(users) <= 16 and bank.meta["sizes"] == [4, 4]
-    assert np.load(bank.folder / "codebook.npz")["mu_0"].tolist() == np.eye(2).tolist()
-    bank.verify()
-    numbers = Bank.build(tmp_path / "ints", np.arange(5, 300), np.arange(1, 296)[:, None])
-    assert numbers.codes.dtype == np.uint16 and numbers.probability([7]).tolist() == [[1]]
-    assert numbers.lookup(np.array([299, 4, 5])).flatten().tolist() == [295, 0, 1]
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["bank", "ints"]             # nothing half-written stays
+    assert size / len(users) <= 16 and np.load(bank.folder / "codebook.npz")["mu_0"].tolist() == np.eye(2).tolist()
+    assert list(tmp_path.iterdir()) == [tmp_path / "bank"]             # nothing half-written stays
+    (tmp_path / "link").symlink_to("bank")
+    monkeypatch.chdir(bank.folder)
+    for folder in (".", "../bank", tmp_path / "link"):
+        assert (Bank.open(folder).lookup(users[:3]) == codes[:3]).all()
 
 
-def test_bank_takes_any_iterable_of_ids_and_short_lists_agree_with_long(tmp_path):
-    bank, users, codes = make_bank(tmp_path / "bank")
-    asked = ["user7", "nobody", "user1999", "", "user0"]
-    want = [codes[7].tolist(), [0, 0], codes[1999].tolist(), [0, 0], codes[0].tolist()]
-    array = np.array(asked)
-    for given in (asked, tuple(asked), dict.fromkeys(asked).keys(), (one for one in asked), iter(asked), array,
-                  np.array(asked, ">U40"), np.array(asked, object), list(array), np.array(asked + asked)[:5]):
-        assert bank.lookup(given).tolist() == want
-    for times in (7, 20):                                              # more than 32 ids, and 64, go other ways
-        assert bank.lookup(asked * times).tolist() == want * times
-    assert [bank.lookup(one).tolist()[0] for one in asked] == want == [bank.lookup([one]).tolist()[0] for one in asked]
-    numbers = Bank.build(tmp_path / "ints", [5, "6", 2**64], [[1], [2], [3]])
+def test_bank_takes_any_iterable_of_texts_or_whole_numbers(tmp_path):
+    """Lists up to 32 ids, up to 64, of equal lengths, and arrays of any width go different ways to one hash."""
+    known = ["", "a", "ab", "ünï", "日本語", "x" * 33, "-7", "😀", "\ud800", "c\0d", "abc\0ef"]
+    bank = Bank.build(tmp_path / "bank", known, np.arange(1, 12)[:, None])
+    asked, want = [*known, "nobody", "b"], [*range(1, 12), 0, 0]
+    for given in (asked, tuple(asked), dict.fromkeys(asked), iter(asked), np.array(asked), np.array(asked, ">U40"),
+                  np.array(asked, object), list(np.array(asked)), np.repeat(asked, 2)[::2]):
+        assert bank.lookup(given).flatten().tolist() == want
+    for some in (asked * 3, asked * 6, ["ab", "-7"]):
+        assert bank.lookup(some).flatten().tolist() == [want[asked.index(one)] for one in some]
+    numbers = Bank.build(tmp_path / "ints", [5, "6", 2**64], [[1], [2], [300]])
     for given in ([5, 6, 2**64, 7], ["5", 6, f"{2**64}", 7], [np.int64(5), np.int32(6), 2**64, "7"]):
-        assert numbers.lookup(given).flatten().tolist() == [1, 2, 3, 0]
-    for given in (range(5, 8), np.arange(5, 8, dtype=np.uint8)):
-        assert numbers.lookup(given).flatten().tolist() == [1, 2, 0]
-    assert numbers.lookup(5).tolist() == numbers.lookup(np.int8(5)).tolist() == [[1]]
+        assert numbers.lookup(given).flatten().tolist() == [1, 2, 300, 0]
+    assert numbers.lookup(np.arange(5, 8, dtype=np.uint8)).flatten().tolist() == [1, 2, 0]
+    assert numbers.lookup(5).tolist() == numbers.probability(np.int8(5)).tolist() == [[1]]
+    # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
+    assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
+    many = hash_users(np.arange(25_000))                               # in several blocks
+    assert len(np.unique(many)) == 25_000 and (many[-9:] == hash_users(range(24_991, 25_000))).all()
 
 
-def test_bank_refuses_ids_that_are_no_texts_or_whole_numbers_in_build_and_lookup_alike(tmp_path):
-    bank = Bank.build(tmp_path / "bank", ["a", "b"], [[1], [2]])
-    lists = [[1.0, 2.0], ["a", 1.0], ["a", math.nan], [None, "a"], ["a", None], [True, False], ["a", True],
-             [b"a", b"b"], [b"a", "b"], [["a", "b"], ["c", "d"]], [3, 4.0], [np.float32(3), 4]]
-    arrays = [np.array([1.0, 2.0]), np.array(["a", None], object), np.array(["a", 1.5], object),
-              np.array([["a"], ["b"]])]
-    for bad in [*lists, *map(tuple, lists), *arrays]:
-        for call_with in (bank.lookup, bank.probability, lambda users: Bank.build(tmp_path / "no", users, [[1], [2]])):
-            with pytest.raises(ValueError, match="user ids"):
-                call_with(bad)
-    for bad in (b"a", True, map(float, range(2))):
-        with pytest.raises(ValueError, match="user ids"):
-            bank.lookup(bad)
-    assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("n", [1, 2, 65, 100_000])
-def test_bank_find_keys_equals_searchsorted(n):
+@pytest.mark.parametrize("n", [1, 2, 65, 20_000])
+def test_bank_finds_keys_as_a_binary_search_does(n):
     rng = np.random.default_rng(n)
     low = rng.integers(0, 1000 + n, n).astype(np.uint64)               # far from uniform: the full search has to help
     for keys in (rng.integers(0, 2**64, n, dtype=np.uint64), low, ~low, low + np.uint64(2**63)):
@@ -1570,84 +1408,66 @@ def test_bank_find_keys_equals_searchsorted(n):
         assert (row[there] == keys.searchsorted(near[there])).all()
 
 
-def test_bank_hash_of_users():
-    # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
-    assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
-    names = ["", "a", "ab", "ünï", "日本語", "x" * 33, "A1B2C3", "-7", "😀", "\ud800", "a\0b", "\0", "abc\0ef", ""]
-    equal = [name.ljust(40, "z") for name in names[:10]]               # lists of equal lengths go another way
-    for some in (names, equal, names[-2:], names[:1] * 2):
-        assert hash_users(some).tolist() == [hash_user(name) for name in some]
-        for kind in ("<U40", ">U50", "<U200"):
-            assert (hash_users(np.array(some, kind)) == hash_users(some)).all()
-    assert (hash_users(np.array(names * 2)[::2]) == hash_users((names * 2)[::2])).all()
-    assert (hash_users(np.array([7, -12, 10**12])) == hash_users(["7", "-12", str(10**12)])).all()
-    assert (hash_users(np.arange(25_000))[-9:] == hash_users(range(24_991, 25_000))).all()      # of several blocks
-    assert len(np.unique(hash_users(np.arange(10**5)))) == 10**5 and hash_users([]).shape == (0,)
-
-
 def test_bank_refuses_bad_input(tmp_path, monkeypatch):
-    one = np.ones((2, 1), int)
-    with pytest.raises(ValueError, match="'b' and 'b' are the same"):
-        Bank.build(tmp_path / "bank", ["a", "b", "b"], np.ones((3, 1), int))
-    for users, codes in [([], np.zeros((0, 2), int)), (["a"], one), (["a", "b"], one * 70000), (["a", "b"], -one),
-                         (["a", "b"], one * 0.5), (["a", "b"], one[:, 0])]:
-        with pytest.raises(ValueError):
-            Bank.build(tmp_path / "bank", users, codes)
-    with pytest.raises(ValueError, match="names"):
-        Bank.build(tmp_path / "bank", ["a", "b"], one, {"names": ["hobby", "background"]})
-    with pytest.raises(ValueError, match="probabilit"):
-        Bank.build(tmp_path / "bank", ["a", "b"], one, probability=[0.5, 0.5])
+    one, two, bank = np.ones((2, 1), int), ["a", "b"], Bank.build(tmp_path / "bank", ["a"], [[1]])
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is not a bank"):
-        Bank.build(tmp_path / "home", ["a", "b"], one)
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "keep"
+    (tmp_path / "home/thesis.txt").write_text("keep")
+    for folder, users, codes, how, says in (
+            ("new", ["a", "b", "b"], np.ones((3, 1), int), {}, "'b' and 'b' are the same"),
+            ("new", [], np.zeros((0, 2), int), {}, "integer codes"), ("new", ["a"], one, {}, "integer codes"),
+            ("new", two, one * 0.5, {}, "integer codes"), ("new", two, one[:, 0], {}, "integer codes"),
+            ("new", two, one * 70000, {}, "0 … 65535"), ("new", two, -one, {}, "0 … 65535"),
+            ("new", two, one, {"meta": {"names": ["hobby", "background"]}}, "names"),
+            ("new", two, one, {"probability": [0.5, 0.5]}, "probabilit"), ("home", two, one, {}, "is not a bank")):
+        with pytest.raises(ValueError, match=says):
+            Bank.build(tmp_path / folder, users, codes, **how)
+    for users in ([1.0, 2.0], ["a", math.nan], (None, "a"), [True, False], [b"a", "b"], [["a", "b"], ["c", "d"]],
+                  [np.float32(3), 4], np.array([1.0, 2.0]), np.array(["a", None], object), np.array([["a"], ["b"]])):
+        for refuse in (bank.lookup, bank.probability, lambda users: Bank.build(tmp_path / "new", users, one)):
+            with pytest.raises(ValueError, match="user ids"):
+                refuse(users)
     monkeypatch.setattr(codebook, "hash_users", lambda users: np.full(len(users), 9, np.uint64))
     with pytest.raises(ValueError, match="'a' and 'b' have the same hash"):
-        Bank.build(tmp_path / "bank", ["a", "b"], one)
-    assert not (tmp_path / "bank").exists()
+        Bank.build(tmp_path / "new", two, one)
+    assert (tmp_path / "home/thesis.txt").read_text() == "keep"
     with pytest.raises(FileNotFoundError, match="is not a bank"):
-        Bank.open(tmp_path / "bank")
+        Bank.open(tmp_path / "new")
+
+
+def altered(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
 
 
 @pytest.mark.parametrize("name", ["keys.npy", "codes.npy", "sure.npy", "codebook.npz", "meta.json"])
 def test_bank_refuses_damage(tmp_path, name):
     bank, *_ = make_bank(tmp_path / "bank")
-    path = bank.folder / name
-    good = path.read_bytes()
+    path, good = bank.folder / name, (bank.folder / name).read_bytes()
     middle = good.index(b"sample") if name == "meta.json" else len(good) // 2
-    altered = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
-    for bad in (good[:-2], good[:len(good) // 2], altered, b""):
+    for bad in (good[:-2], b"", altered(good, middle)):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="damaged bank"):
             Bank.open(bank.folder)
+    make_bank(bank.folder)[0].verify()                                 # a damaged bank can be replaced
     path.unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="bank"):
         Bank.open(bank.folder)
-
-
-def test_bank_version_large_files_and_replacement(tmp_path, monkeypatch):
-    bank, users, codes = make_bank(tmp_path / "bank")
-    path = bank.folder / "meta.json"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"version": 1}))
+    data.write_json(bank.folder / "meta.json", bank.meta | {"version": 1})
     with pytest.raises(ValueError, match="version is 1"):
         Bank.open(bank.folder)
+
+
+def test_bank_refuses_damage_in_a_large_file(tmp_path, monkeypatch):
     real = codebook.file_hash                                          # now these files count as large: 64 × 16 bytes
     monkeypatch.setattr(codebook, "file_hash", lambda path, sample=False: real(path, sample, 16))
-    Bank.build(bank.folder, users[:1500], codes[:1500])                # replaces the damaged bank
-    bank = Bank.open(bank.folder)
-    assert len(bank.keys) == 1500 and bank.lookup(users[1600]).tolist() == [[0, 0]]
-    raw = bytearray((bank.folder / "keys.npy").read_bytes())
-    raw[-1] ^= 1                                                       # the last block is always in the sample
-    (bank.folder / "keys.npy").write_bytes(raw)
-    with pytest.raises(ValueError, match="altered"):
-        Bank.open(bank.folder)
-    raw[-1] ^= 1
-    raw[1000] ^= 1                                                     # between two blocks: only verify() sees it
-    (bank.folder / "keys.npy").write_bytes(raw)
-    with pytest.raises(ValueError, match="altered"):
+    bank, *_ = make_bank(tmp_path / "bank")
+    bank.verify()
+    good = (bank.folder / "keys.npy").read_bytes()
+    (bank.folder / "keys.npy").write_bytes(altered(good, 1000))
+    with pytest.raises(ValueError, match="altered"):                   # between two blocks: only verify() sees it
         Bank.open(bank.folder).verify()
+    (bank.folder / "keys.npy").write_bytes(altered(good, len(good) - 1))
+    with pytest.raises(ValueError, match="altered"):                   # the last block is always in the sample
+        Bank.open(bank.folder)
 
 
 def test_bank_is_replaced_while_a_reader_looks(tmp_path):
@@ -1662,7 +1482,6 @@ def test_bank_is_replaced_while_a_reader_looks(tmp_path):
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         seen.add(tuple(Bank.open(folder).lookup(["a", "b"]).flatten().tolist()))
     assert ended[1] == 0 and seen == {(1, 1), (2, 2)} and held.lookup(["a", "b"]).tolist() == [[1], [1]]
-    assert [p.name for p in tmp_path.iterdir()] == ["bank"]
 
 
 @pytest.mark.parametrize("step", range(5))
@@ -1685,59 +1504,34 @@ def test_bank_survives_a_kill_at_any_step_of_its_replacement(tmp_path, step):
     bank = Bank.open(folder)
     assert bank.lookup("a").tolist() == [[2 if step == 4 else 1]]
     bank.verify()
-    assert Bank.build(folder, ["a"], [[3]]).lookup("a").tolist() == [[3]]
-    assert Bank.open(folder).lookup("a").tolist() == [[3]] and [p.name for p in tmp_path.iterdir()] == ["bank"]
-
-
-def test_bank_opens_by_any_path(tmp_path, monkeypatch):
-    bank, users, codes = make_bank(tmp_path / "bank")
-    (tmp_path / "link").symlink_to("bank")
-    monkeypatch.chdir(bank.folder)
-    for folder in (".", tmp_path / "link", "../bank", str(bank.folder)):
-        assert (Bank.open(folder).lookup(users[:3]) == codes[:3]).all()
+    assert Bank.build(folder, ["a"], [[3]]).lookup("a").tolist() == [[3]] and list(tmp_path.iterdir()) == [folder]
 
 
 # ------------------------------------------------------------------------------------------ folders and commands
 
 BANK_LAYOUT = {"profiles": {"hobby": "The user's hobby is", "life_stage": "The user's stage of life is"},
-          "kinds": {"title": {"lead": "bought a", "view": ["hobby"]}, "brand": {"lead": "by", "view": ["life_stage"]}}}
+               "kinds": {"title": {"lead": "bought a", "view": ["hobby"]},
+                         "brand": {"lead": "by", "view": ["life_stage"]}}}
 HOBBY, STAGE = [0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1]
 
 
 def tiny_folders(tmp_path, first="u"):
     """Six users of two training rows, a valid and a test row. Hobby 0 fishes, 1 sews; the brand is the stage."""
-    titles, brands = ["carp rod", "yarn | wool"], ["Kid", "Elder"]
-    items = [{"title": titles[h], "category": None, "brand": brands[s], "price": 10.0 + 90 * s} for h in (0, 1)
-             for s in (0, 1)]
-    items += [{"title": "gift", "category": None, "brand": "Kid", "price": None},
-              {"title": "late", "category": None, "brand": "Late", "price": 999.0}]
+    items = [{"title": title, "category": None, "brand": brand, "price": price} for title, brand, price in (
+        ("carp rod", "Kid", 10.0), ("carp rod", "Elder", 100.0), ("yarn | wool", "Kid", 10.0),
+        ("yarn | wool", "Elder", 100.0), ("gift", "Kid", None), ("late", "Late", 999.0))]
     item = np.array([[2 * h + s, 4, 5 - h, 5 - h] for h, s in zip(HOBBY, STAGE)]).ravel()       # fishers end with late
     users = np.array([f"{first}{i}" for i in range(6)])
     dataset = data.Dataset(users, np.array([f"i{i}" for i in range(6)]), items, np.repeat(np.arange(6), 4), item,
                            np.full(24, 4, np.float32), np.tile(np.arange(4), 6) + 10**9)
     data.write_data(tmp_path / "data", "tiny", dataset, BANK_LAYOUT)
     order = np.array([5, 3, 1, 0, 2, 4])                               # another order than the data's
-    ids = np.stack([HOBBY, STAGE], 1)[order]
-    books = [random_book(k, 2, seed=k) for k in (2, 3)]
-    profiles = codebook.Profiles(users[order], ids, np.full((6, 2), 0.75), ["hobby", "life_stage"], books,
+    profiles = codebook.Profiles(users[order], np.stack([HOBBY, STAGE], 1)[order], np.full((6, 2), 0.75),
+                                 ["hobby", "life_stage"], [random_book(k, 2, seed=k) for k in (2, 3)],
                                  {"lm": {"name": "tiny"}, "settings": {"kinds": None}, "layout": BANK_LAYOUT})
     (tmp_path / "profiles").mkdir()
     codebook.write_profiles(tmp_path / "profiles", profiles)
     return tmp_path / "profiles", tmp_path / "data", profiles
-
-
-def test_profiles_round_trip(tmp_path):
-    folder, _, profiles = tiny_folders(tmp_path)
-    found = codebook.read_profiles(folder)
-    assert found.users.tolist() == profiles.users.tolist() and found.ids.tolist() == profiles.ids.tolist()
-    assert found.names == profiles.names and found.meta["settings"] == {"kinds": None}
-    for a, b in zip(found.books, profiles.books):
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in codebook.BOOK)
-    raw = bytearray((folder / "profiles.npz").read_bytes())
-    raw[len(raw) // 2] ^= 1
-    (folder / "profiles.npz").write_bytes(raw)
-    with pytest.raises(ValueError, match="profiles.npz is not the one"):
-        codebook.read_profiles(folder)
 
 
 def test_table_round_trip_and_evidence_of_a_profile(tmp_path):
@@ -1746,19 +1540,18 @@ def test_table_round_trip_and_evidence_of_a_profile(tmp_path):
     T = len(source.texts)
     gradient, tokens = np.arange(T * 4, dtype=np.float32).reshape(T, 2, 2), np.ones(T, np.float32)
     tokens[source.texts.index(("title", "gift"))] = 0                  # a text without a token tells nothing
+    arrays = {"gradient": gradient, "tokens": tokens}
     (tmp_path / "table").mkdir()
-    codebook.write_table(tmp_path / "table", {"gradient": gradient,
-                                              "tokens": tokens},
-                         {"identity": "x"})
-    table, meta = codebook.read_table(tmp_path / "table")
-    assert np.array_equal(table["gradient"], gradient) and meta["identity"] == "x"
+    codebook.write_table(tmp_path / "table", arrays, {"identity": "x"})
+    table, _ = codebook.read_table(tmp_path / "table")
+    assert np.array_equal(table["gradient"], gradient) and np.array_equal(table["tokens"], tokens)
     for p, kind in enumerate(("title", "brand")):
         evidence = codebook.profile_evidence(source, table, *data.row_texts(source, source.part == 0), p, "")
         told = [[source.texts[t] for t in evidence.text[a:b]] for a, b in zip(evidence.indptr, evidence.indptr[1:])]
         assert len(told) == 24 and all(one[0] == kind for row in told for one in row)
         assert told[1] == ([] if p == 0 else [("brand", "Kid")]) and len(told[0]) == 1
-        assert np.array_equal(evidence.value, gradient[:, p]) and np.array_equal(evidence.weight, tokens)
-    (tmp_path / "table" / "tokens.npy").write_bytes(b"")
+        assert np.array_equal(evidence.value, gradient[:, p])
+    (tmp_path / "table/tokens.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="tokens.npy is not the one"):
         codebook.read_table(tmp_path / "table")
 
@@ -1771,37 +1564,34 @@ def test_bank_lookup_and_verify_commands(tmp_path):
         0, "u3 hobby=2 (75%) life_stage=2 (75%)\nu4 hobby=2 (75%) life_stage=1 (75%)\n")
     code, out, err = call(codebook, "lookup", "--bank", bank, "--", "u3", "-u99")
     assert code == 4 and "-u99 unknown" in out and "1 of 2 users" in err
-    for users in (["-u99"], ["u3", "-u99"]):                           # taken for an option
-        code, _, err = call(codebook, "lookup", "--bank", bank, *users)
-        assert code == 2 and "put -- before ids that begin with a dash" in err
+    code, _, err = call(codebook, "lookup", "--bank", bank, "u3", "-u99")                    # taken for an option
+    assert code == 2 and "put -- before ids that begin with a dash" in err
     assert call(codebook, "lookup", "--bank", tmp_path / "none", "u1")[0] == 4
-    assert call(codebook, "lookup", "--ban", bank, "u1")[0] == 2                          # no abbreviations
     code, out, _ = call(codebook, "verify", bank, profiles, folder)
     assert code == 0 and len(out.splitlines()) == 3 and "profiles.npz as recorded" in out
     (bank / "codes.npy").write_bytes((bank / "codes.npy").read_bytes() + b"x")
     code, _, err = call(codebook, "verify", folder, bank)
     assert code == 4 and "codes.npy" in err
-    assert call(codebook, "verify", tmp_path)[0] == 4 and call(codebook)[0] == 2
 
 
 def test_bank_of_several_folders_takes_the_last_word_on_a_user(tmp_path):
-    folder, _, first = tiny_folders(tmp_path)
+    _, _, first = tiny_folders(tmp_path)
     later = first._replace(users=np.array(["u5", "newcomer"]), ids=np.array([[0, 2], [-1, 1]]),
                            probability=np.array([[0.5, 0.5], [0, 1]]))
-    (tmp_path / "later").mkdir()
-    codebook.write_profiles(tmp_path / "later", later)
-    for order, u5 in ((("profiles", "later"), [1, 3]), (("later", "profiles"), [2, 2])):
-        assert call(codebook, "bank", "--profiles", *(tmp_path / name for name in order), "--out",
-                    tmp_path / "both")[0] == 0
-        bank = Bank.open(tmp_path / "both")
-        assert bank.lookup(["newcomer", "u5", "u0"]).tolist() == [[0, 2], u5, [1, 1]] and len(bank.keys) == 7
-    assert bank.meta["names"] == ["hobby", "life_stage"] and bank.meta["sizes"] == [2, 3]
-    code, out, _ = call(codebook, "lookup", "--bank", tmp_path / "both", "newcomer")
-    assert code == 0 and out == "newcomer hobby=0 (0%) life_stage=2 (100%)\n"
     strange = later._replace(books=[book._replace(mu=book.mu + 1) for book in later.books])
-    codebook.write_profiles(tmp_path / "later", strange)
-    code, _, err = call(codebook, "bank", "--profiles", folder, tmp_path / "later", "--out", tmp_path / "mixed")
-    assert code == 4 and "different codebooks" in err and not (tmp_path / "mixed").exists()
+    for name, profiles in (("later", later), ("strange", strange)):
+        (tmp_path / name).mkdir()
+        codebook.write_profiles(tmp_path / name, profiles)
+    build = lambda *names: call(codebook, "bank", "--profiles", *(tmp_path / name for name in names), "--out",
+                                tmp_path / "bank")
+    for order, u5 in ((("profiles", "later"), [1, 3]), (("later", "profiles"), [2, 2])):
+        assert build(*order)[0] == 0
+        bank = Bank.open(tmp_path / "bank")
+        assert bank.lookup(["newcomer", "u5", "u0"]).tolist() == [[0, 2], u5, [1, 1]] and len(bank.keys) == 7
+    assert call(codebook, "lookup", "--bank", tmp_path / "bank", "newcomer")[:2] == (
+        0, "newcomer hobby=0 (0%) life_stage=2 (100%)\n")
+    code, _, err = build("profiles", "strange")
+    assert code == 4 and "different codebooks" in err
 
 
 def test_cards_of_ids(tmp_path):
@@ -1810,39 +1600,31 @@ def test_cards_of_ids(tmp_path):
     text = (tmp_path / "cards.md").read_text()
     assert text.index("### hobby") < text.index("### life_stage")
     rows = [[cell.strip() for cell in line.replace("\\|", "¦").split("|")[1:-1]] for line in text.splitlines()
-            if line.startswith("| ")]
-    rows = [row for row in rows if row[0] != "ID"]
+            if line.startswith("| ") and not line.startswith("| ID")]
     assert [row[:4] for row in rows[:2]] == [["1", "3", "50.0%", "0.75"], ["2", "3", "50.0%", "0.75"]]
     assert rows[0][4].startswith("carp rod (") and "wool" not in rows[0][4] and "Kid" not in rows[0][4]
-    assert rows[1][4].startswith("yarn ¦ wool (")
-    # train rows only; code 3 is empty
-    assert [row[5] for row in rows[2:]] == ["10.00–10.00", "100.00–100.00", "unknown"]
-    assert rows[2][4].startswith("Kid (") and rows[4][1] == "0" and "late" not in text.lower()
+    assert rows[1][4].startswith("yarn ¦ wool (") and rows[2][4].startswith("Kid (")
+    assert [row[5] for row in rows[2:]] == ["10.00–10.00", "100.00–100.00", "unknown"] and rows[4][1] == "0"
+    assert "late" not in text.lower()                                  # train rows only
     assert call(codebook, "cards", "--profiles", profiles, "--data", folder)[1].strip() == text.strip()
     _, others, _ = tiny_folders(tmp_path / "others", "x")
     code, _, err = call(codebook, "cards", "--profiles", profiles, "--data", others)
     assert code == 4 and "no user in common" in err
 
 
-def test_cards_log_odds_by_hand():
-    counts = np.array([[8.0, 2.0], [1.0, 9.0]])
+def test_cards_log_odds_and_rows_by_hand():
     # prior: 2 words × share = (.9, 1.1). Word 0 of group 0: ln(8.9 / 3.1) − ln(1.9 / 10.1), variance 1/8.9 + 1/1.9
-    expected = (math.log(8.9 / 3.1) - math.log(1.9 / 10.1)) / math.sqrt(1 / 8.9 + 1 / 1.9)
-    z = codebook.log_odds_z(counts)
-    assert z[0, 0] == pytest.approx(expected) and z[1, 0] == pytest.approx(-expected) and z[0, 1] < 0 < z[1, 1]
+    want = (math.log(8.9 / 3.1) - math.log(1.9 / 10.1)) / math.sqrt(1 / 8.9 + 1 / 1.9)
+    z = codebook.log_odds_z(np.array([[8.0, 2.0], [1.0, 9.0]]))
+    assert z[0, 0] == pytest.approx(want) and z[1, 0] == pytest.approx(-want) and z[0, 1] < 0 < z[1, 1]
     assert codebook.log_odds_z(np.array([[3.0], [1.0]])).tolist() == [[0], [0]]
-    assert codebook.log_odds_z(np.zeros((2, 0))).shape == (2, 0)
-
-
-def test_rows_by_id():
-    known = np.array(["b", "c", "a"])
-    assert codebook.rows_by_id(np.array(["a", "x", "b", ""]), known).tolist() == [2, -1, 0, -1]
+    assert codebook.rows_by_id(np.array(["a", "x", "b", ""]), np.array(["b", "c", "a"])).tolist() == [2, -1, 0, -1]
 
 
 # ==================================================================================================== uip.py
 
 logging.set_verbosity_error()
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(uip.__file__).parent), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**PYTHON_PATH, "OMP_NUM_THREADS": "1"}
 
 
 # ------------------------------------------------------------------------------------- layout, mask, likelihood
@@ -1865,21 +1647,17 @@ SPEC = {"profiles": {"hobby": "the hobby is", "background": "spending"},
         "kinds": {"title": {"lead": "user bought", "view": ["hobby"]},
                   "price": {"lead": "paid", "view": ["background"]},
                   "review": {"lead": "user wrote", "view": ["hobby", "background"]}}}
-EVEN = SPEC | {"profiles": {"hobby": "the hobby is", "background": "the spending is"}}       # names of one length
 THREE = {"profiles": {"hobby": "the hobby is", "mood": "feels", "background": "their spending"},
-         "kinds": {"title": {"lead": "user bought", "view": ["hobby"]},
-                   "price": {"lead": "paid", "view": ["background"]},
-                   "note": {"lead": "noted", "view": ["hobby", "background"]},
-                   "review": {"lead": "user wrote", "view": ["hobby", "mood", "background"]}}}
+         "kinds": {**SPEC["kinds"], "note": {"lead": "noted", "view": ["mood", "background"]}}}
 TEXTS = [[("title", "red rod"), ("title", "red reel"), ("price", "9"), ("title", "line"), ("price", "40"),
-          ("price", "9"),
-          ("review", "good rod <eos> <pad> <bos>")],
+          ("price", "9"), ("review", "good rod <eos> <pad> <bos>")],
          [("title", "line")],
          [("review", "bad reel"), ("review", "bad"), ("review", "so very bad reel indeed")]]
 
 
-def tiny_lm(kind="llama", dtype=torch.float32, attention="eager", seed=0):
-    torch.manual_seed(seed)
+def tiny_lm(kind="llama", dtype=torch.float32, attention="eager"):
+    """A random LLM of two layers. GPT-2's head is tied to its embeddings, the others' are not."""
+    torch.manual_seed(0)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
                             bos_token_id=1, eos_token_id=2)
@@ -1891,77 +1669,71 @@ def tiny_lm(kind="llama", dtype=torch.float32, attention="eager", seed=0):
     return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
 
 
-def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, **options):
-    lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m)
+def case(kind="llama", m=2, cached=True, texts=TEXTS, spec=SPEC, without="", **options):
+    """(lm, layout, packed rows, their batch, random θ of each user)"""
+    lm, layout = tiny_lm(kind, **options), uip.Layout.build(spec, Words(), m=m, without=without)
     rows = uip.pack(texts, layout)
-    theta = torch.randn(len(texts), len(layout.names), m, 32, generator=torch.Generator().manual_seed(1))
+    theta = torch.randn(len(texts), len(layout.names), m, 32, generator=seeded(1))
     batch = uip.collate(rows, layout, uip.prefix(lm, layout) if cached else None, dtype=lm.dtype)
     return lm, layout, rows, batch, theta
 
 
+def assert_close(found, want, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest value."""
+    torch.testing.assert_close(found.double(), want.double(), rtol=0, atol=tolerance * float(want.abs().max()))
+
+
 def one_by_one(lm, layout, texts, theta):
-    """−log P(B|θ) of one user by the definition: each text alone, BOS name θ lead value, log-softmax token by token."""
-    embed, total = lm.get_input_embeddings(), 0.0
+    """−log P(B|θ) of a user by the definition: each text alone, BOS name θ lead value, log-softmax token by token."""
+    embed, total = lambda ids: lm.get_input_embeddings()(torch.tensor(ids)), 0.0
     for kind, value in texts:
         lead, view, _ = layout.kinds[kind]
-        words = layout.tokenizer.encode(value)
-        parts, block, position = [embed(torch.tensor([layout.bos]))], [0], [0]
-        for p, name in enumerate(layout.names):
-            if view[p]:
-                parts += [embed(torch.tensor(name)), theta[p]]
-                n = len(name) + layout.m
-                block, position = block + [p + 1] * n, position + list(range(1, n + 1))
-        tail = [*lead, *words]
-        x = torch.cat([*parts, embed(torch.tensor(tail))])[None]
-        block, position = block + [9] * len(tail), position + list(range(layout.start, layout.start + len(tail)))
-        n = len(block)
-        sees = [[j <= i and (block[j] in (0, block[i]) or block[i] == 9) for j in range(n)] for i in range(n)]
-        mask = torch.where(torch.tensor(sees), 0.0, -1e9).to(x.dtype)[None, None]
-        logits = lm(inputs_embeds=x, attention_mask=mask, position_ids=torch.tensor([position])).logits[0]
-        for i, word in enumerate(words, n - len(words)):
-            total -= float(logits[i - 1, word] - logits[i - 1].double().exp().sum().log())
+        words, profiles = layout.tokenizer.encode(value), [p for p, seen in enumerate(view) if seen]
+        blocks = [embed([layout.bos]), *(torch.cat([embed(layout.names[p]), theta[p]]) for p in profiles),
+                  embed([*lead, *words])]
+        starts = [0, *[1 for _ in profiles], layout.start]
+        position = torch.cat([start + torch.arange(len(block)) for start, block in zip(starts, blocks)])
+        block = torch.cat([torch.full((len(block),), b) for b, block in enumerate(blocks)])
+        sees = ((block == 0) | (block == block[:, None]) | (block == block[-1])[:, None]).tril()
+        mask = torch.where(sees, 0.0, -1e9).to(theta.dtype)[None, None]
+        x = torch.cat(blocks)[None]
+        logits = lm(inputs_embeds=x, attention_mask=mask, position_ids=position[None]).logits[0].double()
+        total -= sum(float(logits.log_softmax(1)[i - 1, word]) for i, word in enumerate(words, len(block) - len(words)))
     return total
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
 @pytest.mark.parametrize("m", [1, 3])
 def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
-    lm, layout, _, batch, theta = case(kind, m, dtype=torch.float64)
-    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
-    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("m", [1, 3])
-def test_the_naive_way_has_the_same_value_and_gradient(kind, m):
-    texts = [[text for text in user if text[0] != "review"] for user in TEXTS[:2]]           # one profile a text
-    lm, layout, _, batch, theta = case(kind, m, spec=EVEN, texts=texts)
-    ours, other = theta.clone().requires_grad_(), theta.clone().requires_grad_()
-    a, b = uip.nll(lm, batch, ours), uip.naive_nll(lm, layout, texts, other)
-    assert a.tolist() == pytest.approx(b.tolist(), rel=1e-5)
-    a.sum().backward()
-    b.sum().backward()
-    torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-4)
+    """Whether the prefix is cached or not, with eager attention and sdpa."""
+    for attention, cached in itertools.product(("eager", "sdpa"), (True, False)):
+        lm, layout, _, batch, theta = case(kind, m, cached, dtype=torch.float64, attention=attention)
+        if attention == "eager" and cached:
+            want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
+        assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_one_view_needs_no_mask_of_ours(kind):
     """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees."""
-    lm, layout, _, batch, theta = case(kind, texts=[[("title", "red rod")]], dtype=torch.float64)
-    ids = [*layout.names[0], *[0] * layout.m, *layout.kinds["title"][0], *layout.tokenizer.encode("red rod")]
-    x = lm.get_input_embeddings()(torch.tensor([[layout.bos, *ids]]))
-    x[0, 1 + len(layout.names[0]):1 + len(layout.names[0]) + layout.m] = theta[0, 0].double()
-    logp = lm(inputs_embeds=x).logits[0].log_softmax(-1)
-    want = -sum(logp[i - 1, token] for i, token in ((-2, ids[-2]), (-1, ids[-1])))
-    assert float(uip.nll(lm, batch, theta)) == pytest.approx(float(want), rel=1e-6)
+    users = [[("title", "red"), ("title", "reel")], [("title", "reel")]]
+    lm, layout, _, batch, theta = case(kind, texts=users, dtype=torch.float64)
+    name, want = len(layout.names[0]), torch.zeros(2)
+    for u, (_, word) in [(u, text) for u, texts in enumerate(users) for text in texts]:
+        ids = [layout.bos, *layout.names[0], 0, 0, *layout.kinds["title"][0], *layout.tokenizer.encode(word)]
+        x = lm.get_input_embeddings()(torch.tensor([ids]))
+        x[0, 1 + name:3 + name] = theta[u, 0].double()
+        want[u] -= lm(inputs_embeds=x).logits[0].log_softmax(1)[-2, ids[-1]]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want.tolist(), rel=1e-6)
+    assert uip.naive_nll(lm, layout, users, theta).tolist() == pytest.approx(want.tolist(), rel=1e-6)
 
 
 def test_pack_by_hand():
     layout = uip.Layout.build(SPEC, Words(), m=2)
-    other, row = uip.pack([[("price", "9")], [("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")]], layout)
-    assert len(other.ids) == 2
+    texts = [("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")]
+    other, row = uip.pack([[("price", "9")], texts], layout)
     words = ["user", "bought", "red", "rod", "paid", "red", "user", "wrote", "<eos>", "<pad>"]
-    assert row.ids == [layout.tokenizer.ids[word] for word in words]
+    assert row.ids == [layout.tokenizer.ids[word] for word in words] and len(other.ids) == 2
     assert layout.start == 6                                           # after BOS, "the hobby is" and two soft tokens
     assert row.positions == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
     assert row.text == [0] * 4 + [1] * 2 + [2] * 4
@@ -1989,19 +1761,14 @@ def test_mask_by_hand():
     assert batch.predict.tolist() == [8, 10] and batch.target.tolist() == batch.ids[0, [9, 11]].tolist()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_padding_and_cache_change_nothing(kind, cached):
-    lm, layout, rows, batch, theta = case(kind)
-    alone = [uip.nll(lm, uip.collate([row], layout, uip.prefix(lm, layout) if cached else None), theta[u:u + 1])
-             for u, row in enumerate(rows)]
-    assert torch.cat(alone).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
-
-
-def test_order_of_evidence_does_not_matter():
-    lm, layout, _, batch, theta = case()
-    other = uip.collate(uip.pack([text[::-1] for text in TEXTS], layout), layout, uip.prefix(lm, layout))
-    assert uip.nll(lm, other, theta).tolist() == pytest.approx(uip.nll(lm, batch, theta).tolist(), rel=1e-5)
+def test_padding_and_order_of_evidence_change_nothing(cached):
+    lm, layout, rows, batch, theta = case(cached=cached)
+    want, cache = uip.nll(lm, batch, theta), uip.prefix(lm, layout) if cached else None
+    alone = [uip.nll(lm, uip.collate([row], layout, cache), theta[u:u + 1]) for u, row in enumerate(rows)]
+    assert_close(torch.cat(alone), want)
+    turned = uip.collate(uip.pack([text[::-1] for text in TEXTS], layout), layout, cache)
+    assert_close(uip.nll(lm, turned, theta), want)
 
 
 @pytest.mark.parametrize("change", ["theta", "name"])
@@ -2013,26 +1780,22 @@ def test_a_profile_cannot_touch_another(change):
         theta[:, 0] += torch.randn(3, 2, 32)
     else:
         batch.ids[:, 1:1 + len(layout.names[0])] += 7
-    after = uip.hidden(lm, batch, theta)
-    block = layout.fixed()[1].tolist()
-    others = [i for i, b in enumerate(block) if b != 1]
-    assert torch.equal(before[:, others], after[:, others])
-    prices = [len(block) + i for i, view in enumerate(rows[0].views) if view == (False, True)]
-    titles = [len(block) + i for i, view in enumerate(rows[0].views) if view == (True, False)]
-    assert torch.equal(before[0, prices], after[0, prices])
-    assert not torch.isclose(before[0, titles], after[0, titles]).all(-1).any()
+    after, block = uip.hidden(lm, batch, theta), layout.fixed()[1]
+    assert torch.equal(before[:, :len(block)][:, block != 1], after[:, :len(block)][:, block != 1])
+    hobby, background = (torch.tensor([view[p] for view in rows[0].views]) for p in (0, 1))
+    before, after = before[0, len(block):], after[0, len(block):]
+    assert torch.equal(before[~hobby], after[~hobby])
+    assert not torch.isclose(before[hobby], after[hobby]).all(-1).any() and background[~hobby].all()
 
 
-def test_without_mask_or_views_the_profiles_do_touch():
+@pytest.mark.parametrize("without", ["mask", "views"])
+def test_without_mask_or_views_the_profiles_do_touch(without):
     """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
-    for without in ("mask", "views"):
-        lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words(), m=2, without=without)
-        rows, theta = uip.pack(TEXTS[:1], layout), torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(1))
-        batches = [uip.collate(rows, layout, cache) for cache in (uip.prefix(lm, layout), None)]
-        before = [uip.hidden(lm, batch, theta)[:, batch.slots.start:] for batch in batches]
-        torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
+    for cached in (True, False):
+        lm, _, _, batch, theta = case(cached=cached, texts=TEXTS[:1], without=without)
+        before = uip.hidden(lm, batch, theta)[:, batch.slots.start:]
         theta[:, 0] += torch.randn(2, 32)
-        changed = (uip.hidden(lm, batches[0], theta) != before[0]).any(-1)[0]
+        changed = (uip.hidden(lm, batch, theta)[:, batch.slots.start:] != before).any(-1)[0]
         background, evidence = slice(2, 4), slice(4, None)             # columns: θ₁ θ₁ θ₂ θ₂ evidence
         assert changed[background].all() == (without == "mask") and changed[evidence].all()
 
@@ -2045,85 +1808,43 @@ def test_gradient_of_theta(kind, monkeypatch):
     assert torch.autograd.gradcheck(lambda t: uip.nll(lm, batch, t), theta.double().requires_grad_())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_sdpa_equals_eager(kind):
-    cases = [case(kind, attention=attention) for attention in ("sdpa", "eager")]
-    values = [uip.nll(lm, batch, theta) for lm, _, _, batch, theta in cases]
-    assert values[0].tolist() == pytest.approx(values[1].tolist(), rel=1e-5)
-
-
 def test_labels_are_value_tokens_even_where_they_equal_pad_or_bos():
     users = [[("price", "<pad>")], [("title", "<bos> <eos>"), ("price", "9 <pad> <pad> 9")]]
-    lm, layout, rows, _, theta = case(texts=users)
-    batch = uip.collate(rows, layout)
+    lm, layout, rows, batch, theta = case(texts=users)
     assert batch.target.tolist() == [0, 1, 2, layout.tokenizer.ids["9"], 0, 0, layout.tokenizer.ids["9"]]
     assert batch.row.tolist() == [0] + [1] * 6
-    value = uip.nll(lm, batch, theta)
-    assert (value > 0).all()
-    longer = uip.collate([*rows, *uip.pack([[("review", "so very bad")] * 4], layout)], layout)
-    assert uip.nll(lm, longer, torch.cat([theta, theta[:1]]))[:2].tolist() == pytest.approx(value.tolist(), rel=1e-5)
+    want = [one_by_one(lm, layout, text, t) for text, t in zip(users, theta)]
+    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_lm_with_fp32_theta(dtype):
     lm, layout, rows, batch, theta = case(dtype=dtype)
+    whole, _, _, same, _ = case()
+    assert_close(uip.nll(lm, batch, theta), uip.nll(whole, same, theta), 0.02)
+    table, exact = (uip.score_texts(one, layout, distinct(TEXTS)) for one in (lm, whole))
+    assert_close(table.nll, exact.nll, 0.02)
+    assert torch.cosine_similarity(table.gradient.flatten(), exact.gradient.flatten(), 0) > 0.99
     found, value = uip.tune_users(lm, layout, rows, theta, steps=3, lr=0.01)
-    assert found.dtype == value.dtype == torch.float32 and (found != theta).flatten(1).any(1).all()
-    full = case()
-    want = uip.nll(full[0], full[3], theta)
-    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want.tolist(), rel=0.03)
-    table = uip.score_texts(lm, layout, distinct(TEXTS))
-    assert all(one.dtype == torch.float32 and one.isfinite().all() for one in table)
-    exact = uip.score_texts(full[0], layout, distinct(TEXTS))
-    cosine = torch.cosine_similarity(table.gradient.flatten(), exact.gradient.flatten(), 0)
-    assert cosine > 0.99 and table.nll.tolist() == pytest.approx(exact.nll.tolist(), rel=0.05)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads(tied):
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=tied))
-    lm = lm.double().eval().requires_grad_(False)
-    uip.check_lm(lm)
-    _, layout, rows, _, theta = case()
-    batch = uip.collate(rows, layout, uip.prefix(lm, layout), dtype=lm.dtype)
-    want = [one_by_one(lm, layout, text, t) for text, t in zip(TEXTS, theta.double())]
-    assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want, rel=1e-6)
-
-
-class Letters(PreTrainedTokenizer):
-    """A slow tokenizer, in plain Python: a letter is a token. Its BOS is whatever it is given."""
-    def __init__(self, **kwargs):
-        self.vocab = {chr(i): i for i in range(64)}
-        super().__init__(**kwargs)
-
-    vocab_size = property(lambda self: 64)
-    get_vocab = lambda self: self.vocab
-    _tokenize = lambda self, text, **kwargs: list(text)
-    _convert_token_to_id = lambda self, token: self.vocab.get(token, 0)
-    _convert_id_to_token = lambda self, index: chr(index)
+    assert all(one.dtype == torch.float32 and one.isfinite().all() for one in (*table, found, value))
+    assert (found != theta).flatten(1).any(1).all()
 
 
 def test_slow_tokenizers_and_those_without_bos():
-    for tokenizer, bos in ((Letters(bos_token="!", eos_token="?"), 33), (Letters(eos_token="?"), 63)):
-        layout = uip.Layout.build(SPEC, tokenizer)
-        assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[32, 57, 32, 57], [32, 57]]
-        lm, texts = tiny_lm(), [[("title", "9"), ("title", "12")]]    # of the longer name, before all evidence
-        batch = uip.collate(uip.pack(texts, layout), layout, uip.prefix(lm, layout))
-        theta = torch.zeros(1, 2, 1, 32)
-        want = float(uip.naive_nll(lm, layout, texts, theta))
-        assert float(uip.nll(lm, batch, theta)) == pytest.approx(want, rel=1e-5)
+    """ByT5's tokenizer is plain Python: a byte is a token, behind three special ones."""
+    for special, bos in (({"bos_token": "!"}, 36), ({}, 1)):           # its EOS where it has no BOS
+        layout = uip.Layout.build(SPEC, ByT5Tokenizer(**special))
+        assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[35, 60, 35, 60], [35, 60]]
+        assert uip.pack([[("price", "12")]], layout)[0].labels[-4:] == [False, True, True, True]
+    neither = ByT5Tokenizer()
+    neither.eos_token = None
     with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
-        uip.Layout.build(SPEC, Letters())
+        uip.Layout.build(SPEC, neither)
 
 
 @pytest.mark.parametrize("broken", [
-    {}, {"profiles": SPEC["profiles"]}, SPEC | {"profiles": ["hobby"]}, SPEC | {"kinds": {"title": {"lead": "bought"}}},
-    SPEC | {"kinds": {"title": {"lead": "", "view": ["hobby"]}}},
-    SPEC | {"kinds": {"title": {"lead": "bought", "view": []}}},
-    SPEC | {"kinds": {"title": {"lead": "bought", "view": ["mood"]}}}])
+    {}, SPEC | {"profiles": ["hobby"]}, *(SPEC | {"kinds": {"title": title}} for title in (
+        {"lead": "a"}, {"lead": "", "view": ["hobby"]}, {"lead": "a", "view": []}, {"lead": "a", "view": ["mood"]}))])
 def test_what_is_no_layout_is_refused(broken):
     with pytest.raises(ValueError, match="not a layout|needs a lead, and a view"):
         uip.Layout.build(broken, Words())
@@ -2136,85 +1857,51 @@ def distinct(users):
     return list(dict.fromkeys(text for user in users for text in user))
 
 
-def assert_close(found, want, tolerance=1e-5):
-    """Equal up to `tolerance` of the largest value."""
-    torch.testing.assert_close(found.double(), want.double(), rtol=0, atol=tolerance * float(want.abs().max()))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("spec", [SPEC, THREE], ids=["two", "three"])
-def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec):
+@pytest.mark.parametrize("kind, m, spec, without", [
+    ("llama", 1, SPEC, ""), ("gpt2", 3, SPEC, ""), ("llama", 3, THREE, ""), ("gpt2", 1, THREE, ""),
+    ("llama", 2, SPEC, "mask"), ("llama", 2, SPEC, "views")])
+def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec, without):
     """At θ⁰ and at any other shared soft tokens: NLL and gradient of a user are sums over the user's texts."""
     users = TEXTS if spec is SPEC else [[*TEXTS[0], ("note", "red line")], TEXTS[1] * 3, [*TEXTS[2], ("note", "9")]]
-    lm, layout, _, batch, theta = case(kind, m, spec=spec, texts=users, dtype=torch.float64)
+    lm, layout, _, batch, theta = case(kind, m, spec=spec, texts=users, without=without, dtype=torch.float64)
     texts = distinct(users)
     start = uip.shared_prompt(lm, m).repeat(len(layout.names), 1, 1)
     assert start.dtype == torch.float32
-    assert torch.equal(start[0, 0].double(), lm.get_input_embeddings().weight.float().mean(0).double())
+    assert torch.equal(start[0, 0], lm.get_input_embeddings().weight.float().mean(0))
     for given, shared in ((None, start), (theta[0], theta[0])):
         table = uip.score_texts(lm, layout, texts, given)
         x = shared.expand(len(users), -1, -1, -1).clone().requires_grad_()
         value = uip.nll(lm, batch, x)
         value.sum().backward()
         text = [[texts.index(one) for one in user] for user in users]
-        assert table.nll.dtype == torch.float32
         assert_close(torch.stack([table.nll[t].sum() for t in text]), value.detach())
         assert_close(torch.stack([table.gradient[t].sum(0) for t in text]), x.grad.flatten(2))
         assert table.tokens.tolist() == [len(value.split()) for _, value in texts]
-        for i, (name, _) in enumerate(texts):
-            assert table.gradient[i].any(1).tolist() == list(layout.kinds[name][1])
-
-
-@pytest.mark.parametrize("without", ["mask", "views"])
-def test_text_gradients_sum_in_the_ablations_too(without):
-    lm, layout = tiny_lm(dtype=torch.float64), uip.Layout.build(SPEC, Words(), m=2, without=without)
-    table = uip.score_texts(lm, layout, distinct(TEXTS))
-    batch = uip.collate(uip.pack(TEXTS[:1], layout), layout, dtype=lm.dtype)
-    x = uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1).requires_grad_()
-    uip.nll(lm, batch, x).sum().backward()
-    assert_close(table.gradient[[distinct(TEXTS).index(text) for text in TEXTS[0]]].sum(0), x.grad[0].flatten(1))
+        assert without == "mask" or table.gradient.any(2).tolist() == [list(layout.kinds[kind][1]) for kind, _ in texts]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_hidden_is_the_sum_of_the_value_tokens_states(kind):
-    lm, layout, rows, batch, _ = case(kind, texts=[[("title", "red rod reel"), ("review", "good 9")]])
-    table = uip.score_texts(lm, layout, [("title", "red rod reel"), ("review", "good 9")])
-    theta = uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1)
-    states = uip.hidden(lm, batch, theta)[0, batch.slots.stop:]        # user bought red rod reel | user wrote good 9
-    assert_close(table.hidden, torch.stack([states[2:5].sum(0), states[7:9].sum(0)]))
+def test_hidden_and_reversed_states_are_those_of_a_plain_forward(kind):
+    texts = [("title", "red rod reel"), ("price", "9"), ("review", "good 9")]
+    lm, layout, _, batch, _ = case(kind, texts=[texts])
+    states = uip.hidden(lm, batch, uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1))[0, batch.slots.stop:]
+    # user bought red rod reel | paid 9 | user wrote good 9
+    assert_close(uip.score_texts(lm, layout, texts).hidden,
+                 torch.stack([states[2:5].sum(0), states[6], states[9:11].sum(0)]))
+    table = uip.score_reversed(lm, layout, texts, budget=12)           # BOS lead value name: the state at its end
+    for (i, (name, value)), p in itertools.product(enumerate(texts), range(2)):
+        ids = [1, *layout.kinds[name][0], *layout.tokenizer.encode(value), *layout.names[p]]
+        state = lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        assert_close(table[i, p], state * len(value.split()) * layout.kinds[name][1][p])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_reversed_states_are_those_of_a_plain_forward(kind):
-    lm, layout, *_ = case(kind)
-    texts = [("title", "red rod reel"), ("price", "9"), ("review", "good")]
-    table = uip.score_reversed(lm, layout, texts, budget=12)
-    for i, (name, value) in enumerate(texts):
-        for p in range(2):
-            ids = [1, *layout.kinds[name][0], *layout.tokenizer.encode(value), *layout.names[p]]
-            state = lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
-            assert_close(table[i, p], state * len(value.split()) * layout.kinds[name][1][p])
-
-
-@pytest.mark.parametrize("spec", [SPEC, THREE], ids=["two", "three"])
-def test_layout_only_gives_equal_values(spec):
-    lm, layout, *_ = case(spec=spec)
-    theta = torch.randn(len(layout.names), 2, 32, generator=torch.Generator().manual_seed(1))
-    for name, (_, view, _) in layout.kinds.items():
-        part, row = layout.only(view), [[(name, "red rod")]]
-        assert name in part.kinds and part.start == layout.start and len(part.names) == sum(view)
-        a = uip.nll(lm, uip.collate(uip.pack(row, layout), layout), theta[None])
-        b = uip.nll(lm, uip.collate(uip.pack(row, part), part), theta[None, list(view)])
-        assert float(a) == pytest.approx(float(b), rel=1e-5)
-
-
-def test_budget_and_company_do_not_change_the_table(capsys):
+def test_budget_and_company_do_not_change_the_table(monkeypatch):
     lm, layout, *_ = case("gpt2", m=1)
-    texts = distinct(TEXTS) + [("title", " ".join(["red", "rod"][:1 + i % 2] * (1 + i // 2))) for i in range(12)]
-    texts, seen = distinct([texts]), []
+    repeated = [("title", " ".join(["red", "rod"][:1 + i % 2] * (1 + i // 2))) for i in range(12)]
+    texts, seen, sizes, honest = distinct([*TEXTS, repeated]), [], [], uip.hidden
     whole = uip.score_texts(lm, layout, texts, budget=10**6, tick=seen.append)
     assert sum(seen) == len(texts) and len(seen) == 3                  # one pass for each view
+    monkeypatch.setattr(uip, "hidden", lambda *args: sizes.append(args[1].ids.shape) or honest(*args))
     single = uip.score_texts(lm, layout, texts, budget=1)
     turned = uip.score_texts(lm, layout, texts[::-1], budget=40)
     few = uip.score_texts(lm, layout, texts[3:5])
@@ -2222,14 +1909,7 @@ def test_budget_and_company_do_not_change_the_table(capsys):
         assert_close(getattr(single, name), want)
         assert_close(getattr(turned, name).flip(0), want)
         assert_close(getattr(few, name), want[3:5], 2e-5)
-    none = uip.score_texts(lm, layout, [])
-    assert none.nll.shape == (0,) and none.gradient.shape == (0, 2, 32)
-
-
-def test_batches_hold_at_most_the_budget():
-    lengths = [5, 1, 9, 3, 3, 7, 20]
-    groups = uip.batches(lengths, 10)
-    assert groups == [[6], [2], [5], [0, 3], [4, 1]] and uip.batches([], 10) == []
+    assert all(rows == 1 for rows, _ in sizes[:len(texts)]) and max(rows * width for rows, width in sizes) <= 40
 
 
 @pytest.mark.parametrize("error", [
@@ -2237,93 +1917,73 @@ def test_batches_hold_at_most_the_budget():
     RuntimeError("std::bad_alloc"), MemoryError()])
 def test_out_of_memory_halves_the_budget_and_changes_no_value(error, monkeypatch, capsys):
     lm, layout, *_ = case(m=1)
-    texts, honest, most = [("title", f"w{i} red rod") for i in range(20)], uip.hidden, []
+    texts, honest = [("title", f"w{i} red rod") for i in range(20)], uip.hidden
     want = uip.score_texts(lm, layout, texts, budget=1000)
 
-    def short(lm, batch, theta):
-        if batch.ids.numel() > 30:
-            raise error
-        most.append(batch.ids.numel())
-        return honest(lm, batch, theta)
-    monkeypatch.setattr(uip, "hidden", short)
-    found = uip.score_texts(lm, layout, texts, budget=200)
+    def fail(error, most=0):
+        def hidden(lm, batch, theta):
+            if batch.ids.numel() > most:
+                raise error
+            return honest(lm, batch, theta)
+        monkeypatch.setattr(uip, "hidden", hidden)
+    fail(error, most=30)
+    for found, one in zip(uip.score_texts(lm, layout, texts, budget=200), want):
+        assert_close(found, one)
     said = capsys.readouterr().err
-    assert "continuing with 100 tokens" in said and said.count("out of memory") == 3 and max(most) <= 30
-    for a, b in zip(found, want):
-        assert_close(a, b)
-    monkeypatch.setattr(uip, "hidden", lambda *args: (_ for _ in ()).throw(error))
-    with pytest.raises(type(error)):
-        uip.score_texts(lm, layout, texts)
-    monkeypatch.setattr(uip, "hidden", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
-        uip.score_texts(lm, layout, texts)
+    assert "continuing with 100 tokens" in said and said.count("out of memory") == 3
+    for forever in (error, RuntimeError("a bug")):                     # one row is too much, or no memory is short
+        fail(forever)
+        with pytest.raises(type(forever), match=f"^{re.escape(str(forever))}$"):
+            uip.score_texts(lm, layout, texts)
 
 
 def test_long_texts_are_cut_and_those_without_tokens_say_nothing():
-    lm, tokenizer = tiny_lm(), Words()
     spec = SPEC | {"kinds": SPEC["kinds"] | {"price": {"lead": "paid", "view": ["background"], "cut": 2}}}
-    layout = uip.Layout.build(spec, tokenizer, m=1, cut=4)
+    layout = uip.Layout.build(spec, Words(), m=1, cut=4)
     texts = [("title", "a b c d"), ("title", "a b c d e f g"), ("price", "a b"), ("price", "a b c"), ("title", ""),
              ("price", "  ")]
-    table = uip.score_texts(lm, layout, texts)
+    table = uip.score_texts(tiny_lm(), layout, texts)
     assert table.tokens.tolist() == [4, 4, 2, 2, 0, 0]
     for one in table:
-        assert_close(one[0], one[1])
-        assert_close(one[2], one[3])
+        assert_close(one[[0, 2]], one[[1, 3]])
         assert not one[4:].any()
-    alone = uip.score_texts(lm, layout, [("title", "")])
-    assert not any(one.any() for one in alone)
+    assert not any(one.any() for one in uip.score_texts(tiny_lm(), layout, texts[4:5]))
 
 
-def test_a_text_beyond_the_context_is_refused_by_its_length_not_its_number():
-    lm, words = tiny_lm(), " ".join(f"w{i}" for i in range(64))
-    lm.resize_token_embeddings(300)
+def test_texts_that_the_llm_cannot_read_are_refused():
+    """A text beyond the context, by its length and not by its number; unknown tokens and kinds; what is not finite."""
+    lm, words = tiny_lm(), [f"w{i}" for i in range(64)]
     layout = uip.Layout.build(SPEC, Words(), m=1, cut=100)
-    with pytest.raises(ValueError, match="needs 71 tokens with its prompt, but the LLM reads 64"):
-        uip.score_texts(lm, layout, [("title", words)])
-    rows = uip.pack([[("title", word) for word in words.split()]], layout)
-    theta = uip.shared_prompt(lm, 1).repeat(1, 2, 1, 1)
-    uip.tune_users(lm, layout, rows, theta, steps=1)                   # many short texts fit
-    fits = " ".join(words.split()[:57])
-    assert uip.score_texts(lm, layout, [("title", fits)]).tokens.tolist() == [57]
-    with pytest.raises(ValueError, match="the LLM reads 64"):
-        uip.tune_users(lm, layout, uip.pack([[("title", words)]], layout), theta)
-    with pytest.raises(ValueError, match="'colour', but the layout knows only"):
-        uip.score_texts(lm, layout, [("colour", "red")])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_likelihood_that_is_not_finite_ends_in_a_sentence(bad, monkeypatch):
-    lm, layout, rows, _, theta = case(m=1)
-    with pytest.raises(ValueError, match="not finite in torch.float32: try --dtype"):
-        uip.score_texts(lm, layout, distinct(TEXTS), torch.full((2, 1, 32), bad))
-    with pytest.raises(ValueError, match="not finite in torch.float32: try --dtype"):
-        uip.tune_users(lm, layout, rows, theta * bad)
-    honest = uip.nll
-    monkeypatch.setattr(uip, "nll", lambda *args: honest(*args) * bad)
-    with pytest.raises(ValueError, match="not finite"):
-        uip.score_texts(lm, layout, distinct(TEXTS))
-
-
-def test_a_token_that_the_lm_does_not_know_ends_in_a_sentence():
-    lm, layout, *_ = case("llama")
-    with pytest.raises(ValueError, match="a token 64, but the LLM knows only 64: they do not belong together"):
-        uip.check_context(lm, [uip.pack([[("title", "rod")]], layout)[0]._replace(ids=[63, 64])])
+    start = uip.shared_prompt(lm, 1).repeat(1, 2, 1, 1)
+    score = lambda text, *theta: uip.score_texts(lm, layout, [text], *theta)
+    tune = lambda texts, theta=start: uip.tune_users(lm, layout, uip.pack([texts], layout), theta, steps=1)
+    long, short = ("title", " ".join(words)), [("title", word) for word in words]
+    with pytest.raises(ValueError, match="a token 75, but the LLM knows only 64: they do not belong together"):
+        score(long)
+    lm.resize_token_embeddings(300)
+    assert tune(short)[1].isfinite().all() and score(("title", " ".join(words[:57]))).tokens.tolist() == [57]
+    for says, refuse in (("needs 71 tokens with its prompt, but the LLM reads 64", lambda: score(long)),
+                         ("needs 71 tokens with its prompt, but the LLM reads 64", lambda: tune([long])),
+                         ("'colour', but the layout knows only", lambda: score(("colour", "red"))),
+                         ("not finite in torch.float32: try --dtype", lambda: score(short[0], start[0] * math.nan)),
+                         ("not finite in torch.float32: try --dtype", lambda: tune(short, start * math.inf))):
+        with pytest.raises(ValueError, match=says):
+            refuse()
 
 
 def test_only_theta_trains():
     lm, layout, rows, _, theta = case(m=1)
     before, start = {name: weight.clone() for name, weight in lm.state_dict().items()}, theta.clone()
-    table = uip.score_texts(lm, layout, distinct(TEXTS))
-    tuned = uip.tune_users(lm, layout, rows, theta, steps=2)
-    assert not any(one.requires_grad for one in (*table, *tuned, theta)) and torch.equal(theta, start)
+    calls = (lambda: uip.score_texts(lm, layout, distinct(TEXTS)),
+             lambda: uip.tune_users(lm, layout, rows, theta, steps=2))
+    for found in (one() for one in calls):
+        assert not any(one.requires_grad for one in (*found, theta)) and torch.equal(theta, start)
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(weight.grad is None and not weight.requires_grad for weight in lm.parameters())
     lm.get_input_embeddings().requires_grad_(True)
-    with pytest.raises(ValueError, match="freeze"):
-        uip.score_texts(lm, layout, distinct(TEXTS))
-    with pytest.raises(ValueError, match="freeze"):
-        uip.tune_users(lm, layout, rows, theta)
+    for one in calls:
+        with pytest.raises(ValueError, match="freeze"):
+            one()
 
 
 # ------------------------------------------------------------------------------------------------------------ EM
@@ -2338,84 +1998,56 @@ def ari(a, b):
     return (pairs(table) - chance) / ((rows + columns) / 2 - chance)
 
 
-def shop(users=120, rows=8, null=False, seed=0):
-    """(hobby, background) of planted users and, for each, `rows` texts of both kinds, one in ten off the profile."""
-    draw, truth, texts = random.Random(seed), [], []
-    for _ in range(users):
-        truth.append((draw.randrange(4), draw.randrange(3)))
-        told = []
-        for _ in range(rows):
-            z, y = (draw.randrange(k) if null or draw.random() < 0.1 else own for own, k in zip(truth[-1], (4, 3)))
-            told += [("title", f"h{z} a{draw.randrange(5)}"), ("price", f"p{y} b{draw.randrange(5)}")]
-        texts.append(told)
-    return torch.tensor(truth), texts
+class Planted:
+    """A shop under a tiny LLM: (hobby, background) of its users, and `rows` texts of both kinds of each, one in ten
+    off the profile."""
 
+    def __init__(self, kind="llama", users=120, rows=8, m=1, null=False, **options):
+        draw, truth, self.users = random.Random(0), [], [[] for _ in range(users)]
+        for told in self.users:
+            truth.append((draw.randrange(4), draw.randrange(3)))
+            for _ in range(rows):
+                z, y = (draw.randrange(k) if null or draw.random() < 0.1 else own for own, k in zip(truth[-1], (4, 3)))
+                told += [("title", f"h{z} a{draw.randrange(5)}"), ("price", f"p{y} b{draw.randrange(5)}")]
+        self.truth, self.texts = torch.tensor(truth), distinct(self.users)
+        self.lm, self.layout = tiny_lm(kind, **options), uip.Layout.build(SPEC, Words(), m=m)
+        self.start = uip.shared_prompt(self.lm, m)                     # θ⁰ [m, d] of each profile
 
-def planted_case(kind="llama", p=0, **options):
-    """(lm, layout, texts, evidence of profile p, user and item of its rows, truth, users' texts) of a planted shop."""
-    truth, users = shop(**options)
-    lm, layout, texts = tiny_lm(kind), uip.Layout.build(SPEC, Words()), distinct(users)
-    table = uip.score_texts(lm, layout, texts)
-    number = {text: i for i, text in enumerate(texts)}
-    told = [[number[text] for text in user if text[0] == ("title", "price")[p]] for user in users]
-    user = torch.arange(len(users)).repeat_interleave(torch.tensor([len(t) for t in told]))
-    text = torch.tensor([t for listed in told for t in listed])
-    evidence = Evidence(torch.arange(len(text) + 1), text, table.gradient[:, p], table.tokens)
-    return lm, layout, texts, evidence, user, torch.arange(len(text)) % 97, truth, users
+    def evidence(self, p):
+        """Evidence of profile p, a row each text; user and item of the rows; number of users: what `fit` asks for."""
+        told = [[self.texts.index(text) for text in user if text[0] == ("title", "price")[p]] for user in self.users]
+        text, table = torch.tensor(told).flatten(), uip.score_texts(self.lm, self.layout, self.texts)
+        rows = torch.arange(len(text))
+        return (Evidence(torch.arange(len(text) + 1), text, table.gradient[:, p], table.tokens),
+                rows // len(told[0]), rows % 97, len(told))
 
-
-def scorer(lm, layout, texts, p):
-    """score(prompt) as fit wants it: the other profile's soft tokens stay at θ⁰."""
-    theta = uip.shared_prompt(lm, layout.m).repeat(2, 1, 1)
-
-    def score(prompt):
-        theta[p] = prompt.reshape(layout.m, -1)
-        table = uip.score_texts(lm, layout, texts, theta)
+    def score(self, prompt, p=0):
+        """NLL and gradient of all texts at a prompt of profile p; the other profile stays at θ⁰."""
+        theta = torch.stack([prompt.reshape(self.start.shape) if q == p else self.start for q in (0, 1)])
+        table = uip.score_texts(self.lm, self.layout, self.texts, theta)
         return table.nll, table.gradient[:, p]
-    return score
 
 
 def never_falls(values, slack=1e-9):
     return all(b >= a - slack * abs(a) for a, b in zip(values, values[1:]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("p", [0, 1], ids=["hobby", "background"])
-def test_em_finds_planted_profiles_and_its_likelihood_never_falls(kind, p):
-    *_, evidence, user, item, truth, _ = planted_case(kind, p)
-    found = uip.fit(evidence, user, item, 120, (4, 3)[p])
-    ids = found.r.argmax(1)
-    assert ari(ids, truth[:, p]) >= 0.8 and abs(ari(ids, truth[:, 1 - p])) <= 0.1
-    assert len(found.book.history) > 1 and never_falls(found.book.history) and found.F == [] and found.prompts is None
-    assert torch.allclose(found.r.sum(1), torch.ones(120, dtype=torch.float64)) and (found.n == 16).all()
-
-
-def test_em_finds_nothing_where_nothing_is():
-    for p in (0, 1):
-        *_, evidence, user, item, truth, _ = planted_case(p=p, null=True)
-        ids = uip.fit(evidence, user, item, 120, (4, 3)[p]).r.argmax(1)
-        assert all(abs(ari(ids, truth[:, q])) < 0.2 for q in (0, 1))
-
-
-def test_fold_in_gives_the_codes_of_training_and_a_user_without_evidence_gets_the_prior():
-    *_, evidence, user, item, truth, _ = planted_case()
-    found = uip.fit(evidence, user + (user >= 7).long(), item, 121, 4)                       # user 7 has no row
-    assert found.n[7] == 0 and torch.equal(found.r[7], found.book.pi)
-    z = sum_texts(torch.arange(0, 961, 8), evidence.text, found.book.project(evidence.value, evidence.weight))
-    again = codebook.responsibilities(found.book, z, torch.full((120,), 16.0, dtype=torch.float64))
-    torch.testing.assert_close(again, torch.cat([found.r[:7], found.r[8:]]))
-    with pytest.raises(ValueError, match="no user has evidence"):
-        uip.fit(evidence._replace(weight=torch.zeros_like(evidence.weight)), user, item, 120, 4)
+@pytest.mark.parametrize("kind, null", [("llama", False), ("gpt2", False), ("llama", True)])
+def test_em_finds_planted_profiles_and_nothing_where_nothing_is(kind, null):
+    shop = Planted(kind, null=null)
+    for p, k in enumerate((4, 3)):
+        found = uip.fit(*shop.evidence(p), k)
+        own, other = (ari(found.r.argmax(1), shop.truth[:, q]) for q in (p, 1 - p))
+        assert abs(other) < 0.2 and (abs(own) < 0.2 if null else own >= 0.8)
+        assert len(found.book.history) > 1 and never_falls(found.book.history)
+        assert (found.n == 16).all() and found.F == [] and found.prompts is None
 
 
 def test_exact_e_step_is_the_rule_of_bayes_and_F_its_formula():
-    draw = torch.Generator().manual_seed(0)
-    value, pi = 900 + 3 * torch.rand(5, 3, generator=draw), torch.tensor([0.5, 0.3, 0.2])
-    indptr, text = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 4, 4, 2, 1])
-    r, F = uip.e_step(value, pi, indptr, text)
+    value, pi = 900 + 3 * torch.rand(5, 3, generator=seeded(0)), torch.tensor([0.5, 0.3, 0.2])
+    r, F = uip.e_step(value, pi, torch.tensor([0, 3, 3, 5]), torch.tensor([0, 4, 4, 2, 1]))
     total = 0.0
-    for u in range(3):
-        told = text[indptr[u]:indptr[u + 1]].tolist()
+    for u, told in enumerate(([0, 4, 4], [], [2, 1])):
         logs = [math.log(pi[k]) - math.fsum(value[t, k].item() for t in told) for k in range(3)]
         evidence = math.log(math.fsum(math.exp(one - max(logs)) for one in logs)) + max(logs)
         assert r[u].tolist() == pytest.approx([math.exp(one - evidence) for one in logs], rel=1e-6)
@@ -2426,52 +2058,51 @@ def test_exact_e_step_is_the_rule_of_bayes_and_F_its_formula():
 @pytest.mark.parametrize("m", [1, 3])
 def test_exact_m_step_has_the_gradient_of_the_weighted_likelihood(m):
     """Against autograd of Σ_uk r_uk log P(B_u | μ_k) of packed users, per unit of weight; π is the mean of r."""
-    users = [[text for text in user if text[0] == "title"] for user in shop(6, 3)[1]]
-    lm, texts = tiny_lm(dtype=torch.float64), distinct(users)
-    layout = uip.Layout.build(SPEC, Words(), m=m)
-    draw = torch.Generator().manual_seed(2)
-    prompts = torch.nn.Parameter(torch.randn(2, m * 32, generator=draw) * 0.3)
-    r = torch.rand(6, 2, generator=draw, dtype=torch.float64).softmax(1)
-    indptr, text = torch.arange(0, 19, 3), torch.tensor([texts.index(one) for user in users for one in user])
-    score, before = scorer(lm, layout, texts, 0), prompts.detach().clone()
-    gradient = torch.stack([score(prompt)[1] for prompt in before])
-    pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, indptr, text)
-    batch = uip.collate(uip.pack(users, layout), layout, dtype=lm.dtype)
+    shop = Planted(users=6, rows=3, m=m, dtype=torch.float64)
+    evidence, r = shop.evidence(0)[0], torch.rand(6, 2, generator=seeded(2), dtype=torch.float64).softmax(1)
+    prompts = torch.nn.Parameter(torch.randn(2, m * 32, generator=seeded(2)) * 0.3)
+    before = prompts.detach().clone()
+    gradient = torch.stack([shop.score(prompt)[1] for prompt in before])
+    pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, torch.arange(0, 19, 3), evidence.text)
+    users = [[text for text in user if text[0] == "title"] for user in shop.users]
+    batch = uip.collate(uip.pack(users, shop.layout), shop.layout, dtype=torch.float64)
     for k in range(2):
         x = before[k].clone().requires_grad_()
-        theta = torch.stack([x.reshape(m, 32), uip.shared_prompt(lm, m)]).expand(6, -1, -1, -1)
-        (uip.nll(lm, batch, theta) @ r[:, k]).backward()
-        want = x.grad / (3 * r[:, k].sum())
-        assert_close(prompts.grad[k], want)
-        assert_close(prompts.detach()[k], before[k] - 0.5 * want)
+        theta = torch.stack([x.reshape(m, 32), shop.start]).expand(6, -1, -1, -1)
+        (uip.nll(shop.lm, batch, theta) @ r[:, k]).backward()
+        assert_close(prompts.detach()[k], before[k] - 0.5 * x.grad / (3 * r[:, k].sum()))
     assert pi.tolist() == pytest.approx(r.mean(0).tolist(), rel=1e-9) and float(pi.sum()) == pytest.approx(1)
 
 
-def test_F_never_falls_over_exact_rounds():
-    lm, layout, texts, evidence, user, item, *_ = planted_case(users=80)
-    said, score, seen = [], scorer(lm, layout, texts, 0), []
-    found = uip.fit(evidence, user, item, 80, 4, rounds=3, score=lambda x: seen.append(x.clone()) or score(x),
-                    start=uip.shared_prompt(lm, 1).flatten(), log=said.append)
-    assert len(found.F) == len(said) == 4 and len(seen) == 16 and never_falls(found.F) and found.F[-1] > found.F[0] + 1
+def assert_consistent(found, score, evidence, users):
+    """Responsibilities and F are the E-step's at the prompts and π returned (each user has 8 rows)."""
     value = torch.stack([score(prompt)[0] for prompt in found.prompts], 1)
-    r, F = uip.e_step(value, found.book.pi, torch.arange(0, 641, 8), evidence.text)
+    r, F = uip.e_step(value, found.book.pi, torch.arange(0, 8 * users + 1, 8), evidence.text)
     assert torch.allclose(r, found.r, atol=1e-6) and F == pytest.approx(found.F[-1], rel=1e-6)
 
 
+def test_F_never_falls_over_exact_rounds():
+    shop, said, seen = Planted(users=80), [], []
+    found = uip.fit(*shop.evidence(0), 4, rounds=3, score=lambda x: seen.append(x) or shop.score(x),
+                    start=shop.start.flatten(), log=said.append)
+    assert len(found.F) == len(said) == 4 and len(seen) == 16 and never_falls(found.F) and found.F[-1] > found.F[0] + 1
+    evidence, *_ = shop.evidence(0)
+    assert found.F[0] > 1 - float(shop.score(shop.start)[0][evidence.text].sum())            # better than θ⁰
+    assert_consistent(found, shop.score, evidence, 80)
+
+
 def test_a_step_that_lowers_F_is_taken_back_and_halved():
-    """On a bowl, −log P(t | μ) = ½ |μ − c_t|² + 50, whose gradient at θ⁰ = 0 is −c_t: a step of 30 is far too long."""
-    *_, evidence, user, item, _, _ = planted_case(users=40)
+    """On a bowl, −log P(t | μ) = ½ |μ − c_t|² + 50, whose gradient at θ⁰ = 0 is −c_t, a step of 30 is too long."""
+    evidence, *rows = Planted(users=40).evidence(0)
     centres, said = -evidence.value, []
     score = lambda x: (0.5 * (x - centres).square().sum(1) + 50, x - centres)
-    fitted = lambda rounds: uip.fit(evidence, user, item, 40, 4, rounds=rounds, lr=30.0, score=score,
-                                    start=torch.zeros(32), log=said.append)
+    fitted = lambda rounds: uip.fit(evidence, *rows, 4, rounds=rounds, lr=30.0, score=score, start=torch.zeros(32),
+                                    log=said.append)
     whole = fitted(12)
     halved = ["halved" in line for line in said]
     assert any(halved) and not all(halved[1:]) and len(whole.F) == 13 and never_falls(whole.F)
     for found in (whole, fitted(halved.index(True))):                  # the other ends with a step taken back
-        value = torch.stack([score(prompt)[0] for prompt in found.prompts], 1)
-        r, F = uip.e_step(value, found.book.pi, torch.arange(0, 321, 8), evidence.text)
-        assert torch.allclose(r, found.r, atol=1e-6) and F == pytest.approx(found.F[-1], rel=1e-9)
+        assert_consistent(found, score, evidence, 40)
     assert "halved" in said[-1]
 
 
@@ -2480,10 +2111,11 @@ def test_tuned_users_start_along_the_text_gradients_and_none_ends_worse(monkeypa
     start = uip.shared_prompt(lm, 2).repeat(3, 2, 1, 1)
     before = uip.nll(lm, batch, start)
     good, value = uip.tune_users(lm, layout, rows, start, steps=20, lr=0.05)
-    assert (value < before - 1).all() and value.tolist() == pytest.approx(uip.nll(lm, batch, good).tolist(), rel=1e-5)
+    assert (value < before - 1).all()
     wild, worst = uip.tune_users(lm, layout, rows, good, steps=4, lr=5.0)                    # far too large a step
     assert (worst <= value + 1e-4).all()
-    assert worst.tolist() == pytest.approx(uip.nll(lm, batch, wild).tolist(), rel=1e-5)
+    for theta, found in ((good, value), (wild, worst)):
+        assert_close(found, uip.nll(lm, batch, theta))
     gradients = []
 
     class Recorder(torch.optim.Adam):
@@ -2493,20 +2125,17 @@ def test_tuned_users_start_along_the_text_gradients_and_none_ends_worse(monkeypa
     monkeypatch.setattr(torch.optim, "Adam", Recorder)
     uip.tune_users(lm, layout, rows, start, steps=1, budget=1)         # a batch for each user, the longest first
     texts, table = distinct(TEXTS), uip.score_texts(lm, layout, distinct(TEXTS))
-    for u, gradient in zip(sorted(range(3), key=lambda u: -len(rows[u].ids)), gradients, strict=True):
+    for u, gradient in zip((0, 2, 1), gradients, strict=True):
         assert_close(table.gradient[[texts.index(text) for text in TEXTS[u]]].sum(0), gradient[0].flatten(1))
 
 
 def test_tuned_users_and_text_table_find_the_same_ids():
-    *_, user, item, truth, users = planted_case(users=80)
-    lm, layout = tiny_lm(), uip.Layout.build(SPEC, Words())
-    rows, start = uip.pack(users, layout), uip.shared_prompt(lm, 1).repeat(80, 2, 1, 1)
-    theta, _ = uip.tune_users(lm, layout, rows, start, steps=10, lr=0.03)
+    shop = Planted(users=60, rows=16)
+    start = shop.start.repeat(60, 2, 1, 1)
+    theta, _ = uip.tune_users(shop.lm, shop.layout, uip.pack(shop.users, shop.layout), start)
     for p, k in enumerate((4, 3)):
-        *_, evidence, user, item, truth, _ = planted_case(users=80, p=p)
-        ids = uip.fit(evidence, user, item, 80, k).r.argmax(1)
         tuned = kmeans(theta[:, p].flatten(1), k).ids
-        assert ari(ids, tuned) >= 0.8 and ari(tuned, truth[:, p]) >= 0.8
+        assert ari(uip.fit(*shop.evidence(p), k).r.argmax(1), tuned) >= 0.8 and ari(tuned, shop.truth[:, p]) >= 0.8
 
 
 # ------------------------------------------------------------------------------------------------------- the LLM
@@ -2515,19 +2144,11 @@ def test_lms_that_cannot_read_packed_rows_are_refused():
     for kind in ("llama", "gpt2", "qwen2", "mistral"):
         uip.check_lm(tiny_lm(kind))
         uip.check_lm(tiny_lm(kind, dtype=torch.bfloat16))
-    torch.manual_seed(0)
     shape = dict(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
     alibi = AutoModelForCausalLM.from_config(MptConfig(**shape, initializer_range=0.4)).eval().requires_grad_(False)
-    window = tiny_lm("mistral")
+    window, squashed = tiny_lm("mistral"), tiny_lm()
     window.config.sliding_window = 4
-    squashed = tiny_lm()
-    forward = squashed.forward
-
-    def tanh_logits(**kwargs):
-        out = forward(**kwargs)
-        out.logits = out.logits.tanh()
-        return out
-    squashed.forward = tanh_logits
+    squashed.forward = lambda **how: SimpleNamespace(logits=tiny_lm()(**how).logits.tanh())  # more than its head does
     for wrong in (alibi, window, squashed):
         with pytest.raises(ValueError, match="not supported"):
             uip.check_lm(wrong)
@@ -2559,7 +2180,7 @@ def copy_lm(tiny, folder, **changes):
     return copy
 
 
-def test_loaded_lm_is_frozen_and_random_weights_are_the_same_each_time(tiny):
+def test_loaded_lm_is_frozen_and_random_weights_are_the_same_each_time(tiny, monkeypatch):
     lm, tokenizer = uip.load_lm(str(tiny), "float32", "cpu")
     assert not lm.training and not any(weight.requires_grad for weight in lm.parameters()) and lm.dtype == torch.float32
     assert tokenizer.bos_token_id == 1 and uip.load_lm(str(tiny), "bfloat16", "cpu")[0].dtype == torch.bfloat16
@@ -2569,21 +2190,35 @@ def test_loaded_lm_is_frozen_and_random_weights_are_the_same_each_time(tiny):
     assert torch.equal(one, other) and not torch.equal(one, lm.get_input_embeddings().weight)
     with pytest.raises(ValueError, match="--device cuda:99 is not here"):
         uip.load_lm(str(tiny), device="cuda:99")
+    attention = lambda: uip.load_lm(str(tiny), "float32", "cpu:0")[0].config._attn_implementation
+    assert attention() == "sdpa"                                       # as on a GPU
+    monkeypatch.setattr(type(lm).__bases__[0], "_supports_sdpa", False)
+    assert attention() == "eager"                                      # an architecture without sdpa
 
 
-def test_missing_or_odd_weights_are_named(tiny, tmp_path):
-    from safetensors.torch import load_file, save_file
-    copy = copy_lm(tiny, tmp_path / "lm")
-    weights = load_file(copy / "model.safetensors")
-    head = weights.pop("lm_head.weight")                               # the LLM is not tied
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lack, or have in another size, lm_head.weight: get the folder again"):
-        uip.load_lm(str(copy), "float32", "cpu")
-    save_file({**weights, "lm_head.weight": head[:, :8].contiguous()}, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lack, or have in another size, lm_head.weight: get the folder again"):
-        uip.load_lm(str(copy), "float32", "cpu")
-    save_file({**weights, "lm_head.weight": head * math.nan}, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="not finite in torch.float32: .* the weights are damaged"):
+def weights_of(change):
+    """A change of a safetensors file: its tensors by name go through a function."""
+    from safetensors.torch import load, save
+    return lambda old: save(change(load(old)), {"format": "pt"})
+
+
+HEAD = "lm_head.weight"                                                # the LLM is not tied
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("tokenizer__json", lambda old: old[:len(old) // 2], "holds no causal LM with tokenizer and safetensors"),
+    ("tokenizer__json", lambda old: b'{"model": 3}', "holds no causal LM with tokenizer and safetensors"),
+    ("config__json", lambda old: b"{}", "holds no causal LM with tokenizer and safetensors"),
+    ("model__safetensors", lambda old: old[:1000], "holds no causal LM with tokenizer and safetensors"),
+    ("model__safetensors", weights_of(lambda w: {key: w[key] for key in w if key != HEAD}),
+     "lack, or have in another size, lm_head.weight: get the folder again"),
+    ("model__safetensors", weights_of(lambda w: {**w, HEAD: w[HEAD][:, :8].contiguous()}),
+     "lack, or have in another size, lm_head.weight: get the folder again"),
+    ("model__safetensors", weights_of(lambda w: {**w, HEAD: w[HEAD] * math.nan}),
+     "not finite in torch.float32: .* the weights are damaged")])
+def test_a_broken_lm_folder_ends_in_a_sentence(tiny, tmp_path, name, change, says):
+    copy = copy_lm(tiny, tmp_path / "lm", **{name: change})
+    with pytest.raises(ValueError, match=says):
         uip.load_lm(str(copy), "float32", "cpu")
 
 
@@ -2598,17 +2233,7 @@ def test_a_cached_lm_is_used_without_network_and_half_a_download_is_not(tiny, tm
     data.write_json(copy / "model.safetensors.index.json", {"weight_map": {"a": "model-2.safetensors"}})
     assert uip.lm_folder("some/lm") == copy and asked == [True, True, False, True]
     weights.unlink()
-    assert not uip.has_weights(copy)
-
-
-@pytest.mark.parametrize("name, change", [
-    ("tokenizer__json", lambda old: old[:len(old) // 2]), ("tokenizer__json", lambda old: b'{"model": 3}'),
-    ("config__json", lambda old: b"{}"), ("model__safetensors", lambda old: old[:1000]),
-    ("model__safetensors", lambda old: b"")])
-def test_a_broken_lm_folder_ends_in_a_sentence(tiny, tmp_path, name, change):
-    copy = copy_lm(tiny, tmp_path / "lm", **{name: change})
-    with pytest.raises(ValueError, match="holds no causal LM with tokenizer and safetensors"):
-        uip.load_lm(str(copy), "float32", "cpu")
+    assert uip.lm_folder("some/lm") == copy and asked == [True, True, False, True, True, False]
 
 
 def test_lm_identity_sees_every_file_and_not_the_folders_name(tiny, tmp_path):
@@ -2619,9 +2244,8 @@ def test_lm_identity_sees_every_file_and_not_the_folders_name(tiny, tmp_path):
     (copy / "more.safetensors").write_bytes(bytes(6 << 20))
     seen = {fingerprint(tiny), fingerprint(copy)}
     for name in ("more.safetensors", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        content = bytearray((copy / name).read_bytes())
-        content[-1] ^= 1                                               # in the large file, far behind the first 4 MB
-        (copy / name).write_bytes(content)
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(altered(content, len(content) - 1))  # in the large file, far behind the first 4 MB
         seen.add(fingerprint(copy))
     assert len(seen) == 7
     last = fingerprint(copy)
@@ -2631,7 +2255,7 @@ def test_lm_identity_sees_every_file_and_not_the_folders_name(tiny, tmp_path):
 
 def test_the_hubs_refusals_say_what_to_do(monkeypatch):
     import huggingface_hub
-    response = type("Response", (), {"headers": {}, "request": None, "status_code": 403})()
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
     gated = huggingface_hub.errors.GatedRepoError("403 Client Error: gated", response=response)
     for error, says in ((gated, "Accept its terms on its hub page, then log in with `hf auth login`"),
                         (OSError("401 Client Error"), "wrong id, or no network.*log in with `hf auth login`"),
@@ -2656,25 +2280,11 @@ USERS = ["--exact-users", "--kinds", "price", "--steps", "1"]
 
 def fit_args(folder, lm, out, *more):
     return ["fit", "--data", str(folder), "--lm", str(lm), "--out", str(out), "--dtype", "float32", "--part", "64",
-            *more]
+            *map(str, more)]
 
 
 def infer_args(profiles, folder, lm, out, *more):
     return ["infer", "--profiles", str(profiles), *fit_args(folder, lm, out, *more)[1:]]
-
-
-def code_of(argv):
-    """Exit code and message of a command, run in this process."""
-    try:
-        uip.main(argv)
-    except SystemExit as stop:
-        return stop.code, ""
-    except (Exception, KeyboardInterrupt) as error:
-        found = data.error_exit(error)
-        if found is None:
-            raise
-        return found
-    return 0, ""
 
 
 @pytest.fixture(scope="session")
@@ -2686,10 +2296,12 @@ def fitted(tiny, planted_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def no_lm(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the LLM was loaded")
-    monkeypatch.setattr(uip, "load_lm", refuse)
+def scored(monkeypatch):
+    """The texts that the LLM scores, a list per call."""
+    calls, honest = [], uip.score_texts
+    monkeypatch.setattr(uip, "score_texts", lambda lm, layout, texts, *args, **how: calls.append(texts)
+                        or honest(lm, layout, texts, *args, **how))
+    return calls
 
 
 def arrays(folder):
@@ -2699,6 +2311,10 @@ def arrays(folder):
 
 def meta_of(folder):
     return json.loads(Path(folder, "meta.json").read_text())
+
+
+def same_bytes(a, b):
+    return Path(a, "profiles.npz").read_bytes() == Path(b, "profiles.npz").read_bytes()
 
 
 def test_fit_writes_profiles_and_a_table(fitted, planted_folder):
@@ -2713,184 +2329,137 @@ def test_fit_writes_profiles_and_a_table(fitted, planted_folder):
     assert meta["table"] == "table" and meta["lm"] == table["lm"] and table["value_tokens"] > 332
     assert codebook.read_table(fitted / "table")[0]["gradient"].shape == (332, 2, 16)
     assert not list(fitted.rglob("*_[0-9]*.npz")) and not (fitted / ".lock").exists()
-    assert codebook.read_profiles(fitted).books[0].pi.sum() == pytest.approx(1)
 
 
-def test_a_second_fit_reuses_the_table_and_writes_equal_bytes(fitted, tiny, planted_folder, tmp_path, capsys, no_lm):
-    shutil.copytree(fitted, tmp_path / "again")
+def test_a_second_fit_writes_equal_bytes_with_a_new_or_the_old_table(fitted, tiny, planted_folder, tmp_path, scored):
+    torch.manual_seed(7)                                               # whatever torch and numpy drew before
+    np.random.seed(7)
     uip.main(fit_args(planted_folder, tiny, tmp_path / "again"))
-    assert "text table of 332 texts: up to date" in capsys.readouterr().out
-    assert (tmp_path / "again/profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "other", "--table", str(fitted / "table"), "--codes", "3,2"))
-    assert arrays(tmp_path / "other")["pi_0"].shape == (3,) and not (tmp_path / "other/table").exists()
+    assert same_bytes(tmp_path / "again", fitted) and sum(map(len, scored)) == 332
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "again"))
+    assert same_bytes(tmp_path / "again", fitted) and sum(map(len, scored)) == 332
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "other", "--table", fitted / "table", "--codes", "100,1"))
+    other = arrays(tmp_path / "other")
+    assert other["pi_0"].shape == (60,) and (other["ids"][:, 1] == 0).all()                  # no more codes than users
+    assert not (tmp_path / "other/table").exists() and sum(map(len, scored)) == 332
     assert (tmp_path / "other" / meta_of(tmp_path / "other")["table"]).resolve() == (fitted / "table").resolve()
 
 
-def test_fit_twice_gives_equal_bytes(fitted, tiny, planted_folder, tmp_path):
-    """A new table too, whatever torch and numpy drew before."""
-    torch.manual_seed(7)
-    np.random.seed(7)
-    uip.main(fit_args(planted_folder, tiny, tmp_path))
-    assert (tmp_path / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
-
-
-def test_infer_on_the_same_users_gives_the_same_codes_without_the_lm(fitted, tiny, planted_folder, tmp_path, no_lm):
-    uip.main(infer_args(fitted, planted_folder, tiny, tmp_path))
-    new, old = arrays(tmp_path), arrays(fitted)
+def test_infer_on_the_same_users_needs_no_lm(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(uip, "load_lm", lambda *args: pytest.fail("the LLM was loaded"))
+    same = copy_lm(tiny, tmp_path / "same weights, another name")
+    uip.main(infer_args(fitted, planted_folder, same, tmp_path / "new"))
+    new, old, meta = arrays(tmp_path / "new"), arrays(fitted), meta_of(tmp_path / "new")
     assert np.array_equal(new["ids"], old["ids"]) and np.allclose(new["probability"], old["probability"], atol=1e-6)
     assert all(np.array_equal(new[name], old[name]) for name in old if name[-2:] in ("_0", "_1"))
-    meta = meta_of(tmp_path)
     assert meta["command"] == "infer" and meta["settings"] == meta_of(fitted)["settings"]
-    assert not (tmp_path / "table").exists()
+    assert not (tmp_path / "new/table").exists()
 
 
-def uip_model(lm, folder):
-    """The LLM of a folder, and the layout of a data folder."""
-    lm, tokenizer = uip.load_lm(str(lm))
-    return lm, uip.Layout.build(data.read_data(folder).layout, tokenizer)
-
-
-def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, scored):
     data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "1"])
     known, texts = data.read_data(planted_folder).texts, data.read_data(tmp_path / "data").texts
-    fresh, scored, honest = [text for text in texts if text not in known], [], uip.score_texts
-
-    def watched(lm, layout, texts, *args, **kwargs):
-        scored.extend(texts)
-        return honest(lm, layout, texts, *args, **kwargs)
-    monkeypatch.setattr(uip, "score_texts", watched)
     uip.main(infer_args(fitted, tmp_path / "data", tiny, tmp_path / "new"))
-    assert 0 < len(fresh) < len(texts) and scored == fresh
-    known = Path(shutil.copytree(fitted, tmp_path / "all known"))      # IDs as of a table that holds all texts
-    meta, table = meta_of(known / "table"), uip.score_texts(*uip_model(tiny, planted_folder), texts)
-    data.write_text(known / "table/texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
-    codebook.write_table(known / "table", {name: array.numpy() for name, array in table._asdict().items()}, meta)
-    uip.main(infer_args(known, tmp_path / "data", tiny, tmp_path / "same"))
+    fresh = [text for text in texts if text not in known]
+    assert 0 < len(fresh) < len(texts) and sum(scored, []) == fresh
+    whole = Path(shutil.copytree(fitted, tmp_path / "whole"))          # IDs as of a table that holds all texts
+    lm, tokenizer = uip.load_lm(str(tiny))
+    table = uip.score_texts(lm, uip.Layout.build(data.read_data(planted_folder).layout, tokenizer), texts)
+    data.write_text(whole / "table/texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
+    codebook.write_table(whole / "table", {name: array.numpy() for name, array in table._asdict().items()},
+                         meta_of(whole / "table"))
+    uip.main(infer_args(whole, tmp_path / "data", tiny, tmp_path / "same"))
     assert np.array_equal(arrays(tmp_path / "same")["ids"], arrays(tmp_path / "new")["ids"])
     assert (arrays(tmp_path / "new")["ids"] >= 0).all() and len(arrays(tmp_path / "new")["ids"]) == 20
-    code, said = code_of(infer_args(tmp_path / "new", tmp_path / "data", tiny, tmp_path / "newer"))
+    code, _, said = call(uip, *infer_args(tmp_path / "new", tmp_path / "data", tiny, tmp_path / "newer"))
     assert code == 2 and "was made by infer" in said
 
 
-def test_users_without_evidence_get_no_id(fitted, tiny, tmp_path):
+def test_users_without_evidence_get_no_id(tiny, tmp_path):
     shop = data.planted(users=30)
-    blank = dict.fromkeys(shop.attributes[0])                          # an item of which nothing is known
-    item = np.where(shop.user == 3, len(shop.items), shop.item)
-    time = np.where(shop.user == 3, np.arange(len(item)), shop.time)
-    shop = shop._replace(items=np.append(shop.items, "blank"), attributes=[*shop.attributes, blank], item=item,
-                         time=time)
+    blank, bare = dict.fromkeys(shop.attributes[0]), shop.user == 3    # user 3 buys an item of which nothing is known
+    shop = shop._replace(items=np.append(shop.items, "blank"), attributes=[*shop.attributes, blank],
+                         item=np.where(bare, len(shop.items), shop.item), time=shop.time + bare * np.arange(len(bare)))
     data.write_data(tmp_path / "data", "planted", shop, data.LAYOUTS["planted"])
-    bare = shop.users[3]
-    uip.main(fit_args(tmp_path / "data", tiny, tmp_path / "fit"))
-    uip.main(infer_args(tmp_path / "fit", tmp_path / "data", tiny, tmp_path / "new"))
-    for name in ("fit", "new"):
-        found = arrays(tmp_path / name)
-        row = found["users"].tolist().index(bare)
-        assert found["ids"][row].tolist() == [-1, -1] and found["probability"][row].tolist() == [0, 0]
-        assert (np.delete(found["ids"], row, 0) >= 0).all()
-    assert np.array_equal(arrays(tmp_path / "fit")["ids"], arrays(tmp_path / "new")["ids"])
     data.write_data(tmp_path / "bare", "bare", shop._replace(attributes=[blank] * len(shop.items)),
                     data.LAYOUTS["planted"])
+    uip.main(fit_args(tmp_path / "data", tiny, tmp_path / "fit"))
+    uip.main(infer_args(tmp_path / "fit", tmp_path / "data", tiny, tmp_path / "new"))
+    found, new = arrays(tmp_path / "fit"), arrays(tmp_path / "new")
+    row = found["users"].tolist().index(shop.users[3])
+    assert found["ids"][row].tolist() == [-1, -1] and found["probability"][row].tolist() == [0, 0]
+    assert (np.delete(found["ids"], row, 0) >= 0).all() and np.array_equal(found["ids"], new["ids"])
     for argv in (fit_args(tmp_path / "bare", tiny, tmp_path / "none"),
                  infer_args(tmp_path / "fit", tmp_path / "bare", tiny, tmp_path / "none")):
-        code, said = code_of(argv)
+        code, _, said = call(uip, *argv)
         assert code == 4 and "no training row of bare tells a text, so there is nothing to infer" in said
 
 
-def test_exact_users_tune_each_user(fitted, tiny, planted_folder, tmp_path, capsys):
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit", *USERS, "--table", str(fitted / "table")))
-    found = arrays(tmp_path / "fit")
-    assert "per-user tuning: −log P(B|θ)" in capsys.readouterr().out and not list((tmp_path / "fit").glob("users_*"))
+def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted_folder, tmp_path, capsys):
+    share = ["--table", fitted / "table"]
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "users", *USERS, *share))
+    found = arrays(tmp_path / "users")
+    assert "per-user tuning: −log P(B|θ)" in capsys.readouterr().out and not list(tmp_path.glob("users/users_*"))
     assert (found["ids"] >= 0).all() and found["mu_0"].shape == (4, 16) and found["pi_1"].sum() == pytest.approx(1)
     assert ari(found["ids"][:, 1], data.read_truth(planted_folder)["background"]) > 0.5
-    code, said = code_of(infer_args(tmp_path / "fit", planted_folder, tiny, tmp_path / "new"))
+    code, _, said = call(uip, *infer_args(tmp_path / "users", planted_folder, tiny, tmp_path / "new"))
     assert code == 2 and "no closed form for new users" in said
-
-
-def test_exact_rounds_climb(fitted, tiny, planted_folder, tmp_path):
-    more = ["--exact-rounds", "1", "--kinds", "category,price", "--table", str(fitted / "table"), "--guide"]
-    uip.main(fit_args(planted_folder, tiny, tmp_path, *more))
-    for entry in meta_of(tmp_path)["trace"].values():
+    more = ["--exact-rounds", "1", "--kinds", "category,price", "--guide"]
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "rounds", *more, *share))
+    for entry in meta_of(tmp_path / "rounds")["trace"].values():
         assert len(entry["F"]) == 2 and entry["F"][1] > entry["F"][0]
         assert list(entry["guide"]) == ["2", "4", "8", "16", "32"]
 
 
-def test_ablations_leave_out_what_they_name(fitted, tiny, planted_folder, tmp_path):
-    plain, seen = arrays(fitted), set()
-    for part in (*uip.IN_TABLE, *codebook.MEASUREMENT, *uip.IN_QUANTISER):
-        share = [] if part in uip.IN_TABLE else ["--table", str(fitted / "table")]
-        uip.main(fit_args(planted_folder, tiny, tmp_path / part, "--without", part, *share))
-        uip.main(infer_args(tmp_path / part, planted_folder, tiny, tmp_path / f"{part} new"))
-        found, meta = arrays(tmp_path / part), meta_of(tmp_path / part)
-        assert np.array_equal(found["ids"], arrays(tmp_path / f"{part} new")["ids"])
-        assert meta["settings"]["without"] == part
-        assert found["mu_0"].tobytes() != plain["mu_0"].tobytes() or part == "mask"          # hobby's name comes first
-        assert found["mu_1"].tobytes() != plain["mu_1"].tobytes() or part == "mask"          # of one layer: no use
-        assert (meta["lm"].get("weights") == "random") == (part == "pretraining")
-        assert (len(meta["trace"]["hobby"]["log_likelihood"]) == 0) == (part == "em")
-        seen.add(found["mu_1"].tobytes())
-    assert len(seen) == 9
+@pytest.mark.parametrize("part", [*uip.IN_TABLE, *codebook.MEASUREMENT, *uip.IN_QUANTISER])
+def test_ablations_leave_out_what_they_name(fitted, tiny, planted_folder, tmp_path, part):
+    share = [] if part in uip.IN_TABLE else ["--table", fitted / "table"]
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "fit", "--without", part, *share))
+    uip.main(infer_args(tmp_path / "fit", planted_folder, tiny, tmp_path / "new"))
+    plain, found, meta = arrays(fitted), arrays(tmp_path / "fit"), meta_of(tmp_path / "fit")
+    assert np.array_equal(found["ids"], arrays(tmp_path / "new")["ids"]) and meta["settings"]["without"] == part
+    for mu in ("mu_0", "mu_1"):                                        # in an LLM of one layer names see nothing new
+        assert part == "mask" or found[mu].tobytes() != plain[mu].tobytes()
+    assert (meta["lm"].get("weights") == "random") == (part == "pretraining")
+    assert (len(meta["trace"]["hobby"]["log_likelihood"]) == 0) == (part == "em")
 
 
 def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_path, monkeypatch):
-    out, absent, bad, empty = tmp_path / "out", tmp_path / "absent", tmp_path / "bad", tmp_path / "empty"
-    shutil.copytree(planted_folder, bad)
-    (bad / "texts.jsonl").write_bytes((bad / "texts.jsonl").read_bytes()[:-30])
-    empty.mkdir()
-    (tmp_path / "file.safetensors").write_bytes(b"")
-    fit = lambda *more: fit_args(planted_folder, tiny, out, "--table", str(fitted / "table"), *more)
+    out, absent, file, other_layout = (tmp_path / name for name in ("out", "absent", "file.safetensors", "layout"))
+    file.write_bytes(b"")
+    data.write_data(other_layout, "planted", data.planted(users=9), {
+        **data.LAYOUTS["planted"], "profiles": {"hobby": "The hobby is", "background": "The spending is"}})
+    other_lm = copy_lm(tiny, tmp_path / "lm", model__safetensors=lambda old: altered(old, len(old) - 1))
+    damaged = Path(shutil.copytree(fitted, tmp_path / "damaged"))
+    (damaged / "profiles.npz").write_bytes((damaged / "profiles.npz").read_bytes()[:-1] + b"x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fit = lambda *more: fit_args(planted_folder, tiny, out, "--table", fitted / "table", *more)
     for argv, code, words in (
             (fit_args(absent, tiny, out), 4, "absent/meta.json is missing"),
-            (fit_args(bad, tiny, out), 4, "texts.jsonl is not the one that meta.json records"),
-            (fit_args(planted_folder, empty, out), 4, "no causal LM"),
             (fit_args(planted_folder, absent, out), 4, "no such folder"),
-            (fit_args(planted_folder, tmp_path / "file.safetensors", out), 4, "safetensors is a file: give its folder"),
-            (fit_args(planted_folder, tiny, out, "--device", "cuda:99"), 4, "cuda:99 is not here"),
-            (fit_args(planted_folder, tiny, planted_folder / "meta.json"), 3, "meta.json"),
+            (fit_args(planted_folder, file, out), 4, "safetensors is a file: give its folder"),
+            (fit_args(planted_folder, "no-such/lm", out), 3, "--lm no-such/lm: not to be had from the hub"),
             (fit("--codes", "4"), 2, "1 numbers for 2 profiles, hobby, background"),
-            (fit("--codes", "4,0"), 2, ""), (fit("--codes", "4,65536"), 2, ""), (fit("--codes", "4,x"), 2, ""),
-            (fit("--codes", ""), 2, ""),
-            (fit("--lr", "nan"), 2, ""), (fit("--without", "luck"), 2, ""), (fit("--part", "0"), 2, ""),
+            (fit("--codes", "4,65536"), 2, "--codes"), (fit("--without", "luck"), 2, "--without"),
             (fit("--kinds", "title,colour"), 4, "has no texts of kind colour: it has title, category, price"),
             (fit("--kinds", "price"), 4, "no user has evidence of this profile"),
             (fit("--without", "tuning", "--exact-rounds", "1"), 2, "--exact-rounds"),
-            (infer_args(absent, planted_folder, tiny, out), 4, "absent"),
             (infer_args(planted_folder, planted_folder, tiny, out), 4, "meta.json lacks settings"),
+            (infer_args(damaged, planted_folder, tiny, out), 4, "profiles.npz is not the one that meta.json records"),
+            (infer_args(fitted, planted_folder, other_lm, out), 4, "made with another LLM or layout"),
+            (infer_args(fitted, other_layout, tiny, out), 4, "different layouts"),
             (infer_args(fitted, planted_folder, tiny, fitted), 2, "--out must not be --profiles")):
-        found, message = code_of(argv)
+        found, _, message = call(uip, *argv)
         assert found == code and words in message, (argv, found, message)
     assert not (out / "profiles.npz").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = code_of(fit())
-    assert code == 2 and "WORLD_SIZE is set but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with" in said
-    for world, rank, port in (("two", "0", "1"), ("2", "2", "1"), ("2", "-1", "1"), ("2", "0", "x")):
-        for name, value in zip(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
-                               (world, rank, "0", "127.0.0.1", port)):
-            monkeypatch.setenv(name, value)
-        code, said = code_of(fit())
-        assert code == 2 and "no settings of torchrun" in said and "unset WORLD_SIZE" in said, (world, rank, port)
+    assert "WORLD_SIZE is set but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not" in call(uip, *fit())[2]
+    for name, value in {"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "these are no settings of torchrun" in call(uip, *fit())[2]                       # rank 2 of 2
 
 
-def test_more_codes_than_users_are_as_many_as_users(fitted, tiny, planted_folder, tmp_path):
-    uip.main(fit_args(planted_folder, tiny, tmp_path, "--table", str(fitted / "table"), "--codes", "100,1"))
-    found = arrays(tmp_path)
-    assert found["pi_0"].shape == (60,) and (found["ids"][:, 1] == 0).all() and (found["probability"][:, 1] == 1).all()
-
-
-def test_infer_takes_the_same_lm_elsewhere_and_refuses_another(fitted, tiny, planted_folder, tmp_path):
-    same = copy_lm(tiny, tmp_path / "same weights, another name")
-    uip.main(infer_args(fitted, planted_folder, same, tmp_path / "new"))
-    assert np.array_equal(arrays(tmp_path / "new")["ids"], arrays(fitted)["ids"])
-    other = copy_lm(tiny, tmp_path / "other", model__safetensors=lambda old: old[:-1] + bytes([old[-1] ^ 1]))
-    code, said = code_of(infer_args(fitted, planted_folder, other, tmp_path / "newer"))
-    assert code == 4 and "made with another LLM or layout" in said
-    data.write_data(tmp_path / "data", "planted", data.planted(users=9), {
-        **data.LAYOUTS["planted"], "profiles": {"hobby": "The hobby is", "background": "The spending is"}})
-    code, said = code_of(infer_args(fitted, tmp_path / "data", tiny, tmp_path / "newer"))
-    assert code == 4 and "different layouts" in said
-
-
-def half_a_run(monkeypatch, argv, parts):
+def half_a_run(argv, parts):
     """Runs a command until it has left `parts` part files."""
     honest, done = uip.load_or_compute, []
 
@@ -2899,126 +2468,86 @@ def half_a_run(monkeypatch, argv, parts):
             raise KeyboardInterrupt
         done.append(path)
         return honest(path, compute)
-    monkeypatch.setattr(uip, "load_or_compute", stops)
-    assert code_of(argv)[0] == 130
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uip, "load_or_compute", stops)
+        assert call(uip, *argv)[0] == 130
 
 
-def test_half_a_run_is_resumed_and_damaged_parts_are_computed_again(fitted, tiny, planted_folder, tmp_path, monkeypatch,
-                                                                    capsys):
-    out, honest, scored = tmp_path / "out", uip.score_texts, []
-    half_a_run(monkeypatch, fit_args(planted_folder, tiny, out), 5)
+def test_half_a_run_is_resumed_and_damage_is_computed_again(fitted, tiny, planted_folder, tmp_path, scored, capsys):
+    out = tmp_path / "out"
+    half_a_run(fit_args(planted_folder, tiny, out), 5)
     parts = sorted((out / "table").glob("texts_*.npz"))
-    assert len(parts) == 5
     content = parts[1].read_bytes()
-    turned = content[:600] + bytes([content[600] ^ 4]) + content[601:]
-    for path, bad in zip(parts, (content[:len(content) // 2], b"", turned)):
+    for path, bad in zip(parts, (content[:len(content) // 2], b"", altered(content, 600))):
         path.write_bytes(bad)
-
-    def watched(lm, layout, texts, *args, **kwargs):
-        scored.append(len(texts))
-        return honest(lm, layout, texts, *args, **kwargs)
-    monkeypatch.setattr(uip, "score_texts", watched)
+    scored.clear()
     uip.main(fit_args(planted_folder, tiny, out))
-    assert scored == [64, 64, 64, 332 - 5 * 64] and capsys.readouterr().err.count("computed again") == 3
-    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+    assert list(map(len, scored)) == [64, 64, 64, 332 - 5 * 64] and capsys.readouterr().err.count("computed again") == 3
+    assert len(parts) == 5 and same_bytes(out, fitted)
+    gradient = (out / "table/gradient.npy").read_bytes()               # of the finished table
+    (out / "table/gradient.npy").write_bytes(altered(gradient, len(gradient) - 5))
+    uip.main(fit_args(planted_folder, tiny, out))
+    assert sum(map(len, scored[4:])) == 332 and same_bytes(out, fitted)
 
 
-def test_half_a_run_is_not_continued_with_what_has_changed(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+def test_half_a_run_is_not_continued_with_what_has_changed(fitted, tiny, planted_folder, tmp_path):
     """Other texts, LLM, settings or part sizes: each is refused by name, and nothing is mixed or lost."""
     lm, out = copy_lm(tiny, tmp_path / "lm"), tmp_path / "out"
-    half_a_run(monkeypatch, fit_args(planted_folder, lm, out), 2)
+    changed = {name: copy_lm(tiny, tmp_path / name, **{name: lambda old: old + b"\n"})
+               for name in ("tokenizer_config__json", "model__safetensors")}
+    half_a_run(fit_args(planted_folder, lm, out), 2)
     data.main(["planted", "--out", str(tmp_path / "other"), "--users", "60", "--seed", "1"])
-    snapshot = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    snapshot = files()
     for argv, says in ((fit_args(planted_folder, lm, out, "--tokens", "2"), "tokens: 1 → 2"),
                        (fit_args(planted_folder, lm, out, "--without", "views"), "without:  → views"),
                        (fit_args(planted_folder, lm, out, "--part", "32"), "part: 64 → 32"),
                        (fit_args(planted_folder, lm, out, "--dtype", "bfloat16"), "dtype: float32 → bfloat16"),
-                       (fit_args(tmp_path / "other", lm, out), "texts: ")):
-        code, said = code_of(argv)
+                       (fit_args(tmp_path / "other", lm, out), "texts: "),
+                       *((fit_args(planted_folder, other, out), "lm: ") for other in changed.values())):
+        code, _, said = call(uip, *argv)
         assert code == 2 and says in said and "--restart" in said, (argv, said)
-    for name in ("tokenizer_config.json", "model.safetensors"):
-        old = (lm / name).read_bytes()
-        (lm / name).write_bytes(old + b"\n")
-        code, said = code_of(fit_args(planted_folder, lm, out))
-        assert code == 2 and "lm: " in said, (name, said)
-        (lm / name).write_bytes(old)
-    assert snapshot == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with data.exclusive_lock(out / ".lock"):
+        code, _, said = call(uip, *fit_args(planted_folder, lm, out))
+    assert code == 2 and "another run writes there" in said and snapshot == files()
     uip.main(fit_args(tmp_path / "other", lm, out, "--restart", "--part", "32"))
     assert meta_of(out)["data_sha256"] == meta_of(tmp_path / "other")["sha256"]
     uip.main(fit_args(planted_folder, lm, out))                        # a finished table of other texts is replaced
-    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
+    assert same_bytes(out, fitted)
 
 
-def test_half_an_infer_run_is_not_continued_from_other_profiles(fitted, tiny, planted_folder, tmp_path, monkeypatch):
+def test_half_an_infer_run_is_not_continued_from_other_profiles(fitted, tiny, tmp_path):
     """Which texts are new depends on the table that is known: parts of another choice must not be mixed in."""
-    data.main(["planted", "--out", str(tmp_path / "one"), "--users", "20", "--seed", "1"])
-    data.main(["planted", "--out", str(tmp_path / "two"), "--users", "20", "--seed", "2"])
-    uip.main(fit_args(tmp_path / "two", tiny, tmp_path / "fit two"))
-    half_a_run(monkeypatch, infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"), 2)
-    code, said = code_of(infer_args(tmp_path / "fit two", tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    for seed, folder in (("1", one), ("2", two)):
+        data.main(["planted", "--out", str(folder), "--users", "20", "--seed", seed])
+    uip.main(fit_args(two, tiny, tmp_path / "fit two"))
+    infer = lambda profiles: infer_args(profiles, one, tiny, tmp_path / "new", "--part", "8")
+    half_a_run(infer(fitted), 2)
+    code, _, said = call(uip, *infer(tmp_path / "fit two"))
     assert code == 2 and "texts: " in said
-    uip.main(infer_args(fitted, tmp_path / "one", tiny, tmp_path / "new", "--part", "8"))
-
-
-def test_a_damaged_table_is_made_again_and_damaged_profiles_are_refused(fitted, tiny, planted_folder, tmp_path):
-    out = Path(shutil.copytree(fitted, tmp_path / "out"))
-    gradient = bytearray((out / "table/gradient.npy").read_bytes())
-    gradient[-5] ^= 64
-    (out / "table/gradient.npy").write_bytes(gradient)
-    uip.main(fit_args(planted_folder, tiny, out))
-    assert (out / "profiles.npz").read_bytes() == (fitted / "profiles.npz").read_bytes()
-    (out / "profiles.npz").write_bytes((out / "profiles.npz").read_bytes()[:-1] + b"x")
-    code, said = code_of(infer_args(out, planted_folder, tiny, tmp_path / "new"))
-    assert code == 4 and "profiles.npz is not the one that meta.json records" in said
-
-
-def test_a_second_run_on_one_folder_is_refused(tiny, planted_folder, tmp_path):
-    with data.exclusive_lock(tmp_path / ".lock"):
-        code, said = code_of(fit_args(planted_folder, tiny, tmp_path))
-    assert code == 2 and "another run writes there" in said and list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_lm_without_network_ends_in_a_sentence(planted_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    code, said = code_of(fit_args(planted_folder, "no-such/lm", tmp_path))
-    assert code == 3 and "--lm no-such/lm: not to be had from the hub: wrong id, or no network?" in said
-
-
-def test_fit_works_in_a_latin_1_terminal(fitted, tiny, planted_folder, tmp_path):
-    argv = fit_args(planted_folder, tiny, tmp_path / "out −", "--table", str(fitted / "table"))
-    done = subprocess.run([sys.executable, uip.__file__, *argv], env={**ENVIRONMENT, "PYTHONIOENCODING": "latin-1"},
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert rb"\u2192" in done.stdout and (tmp_path / "out −/profiles.npz").exists()
+    uip.main(infer(fitted))
 
 
 KILLER = """
 import os, signal, sys
-import torch, data, uip, transformers
+import data, uip
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-argv, changes = sys.argv[2:], 0
-for at in map(int, sys.argv[1].split(",")):
+for at in map(int, sys.argv[1].split(",")):                            # dies before (at < 0) or after its at-th rename
     pid = os.fork()
     if not pid:
-        honest = os.replace
+        honest, renames = os.replace, iter(range(1, 10**6))
         def strike(*args):
-            global changes
-            changes += 1
-            if changes == abs(at) and at < 0:
+            number = next(renames)
+            if number == -at:
                 os.kill(os.getpid(), signal.SIGKILL)
             honest(*args)
-            if changes == at:
+            if number == at:
                 os.kill(os.getpid(), signal.SIGKILL)
         os.replace = strike
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            uip.main(argv)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
+        data.run_command("uip.py", lambda: uip.main(sys.argv[2:]))
+        os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -3027,26 +2556,21 @@ for at in map(int, sys.argv[1].split(",")):
 @pytest.mark.parametrize("command", ["fit", "infer", "exact users"])
 def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tmp_path, command):
     """SIGKILL before or after a random rename, again and again in one folder, then to the end: as if never killed."""
-    draw = random.Random(command)
+    draw, more = random.Random(command), ["--part", "16", *USERS * (command == "exact users")]
+    argv = lambda out: fit_args(planted_folder, tiny, out, *more)
     if command == "infer":
         data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "1"])
-        argv = lambda out: infer_args(fitted, tmp_path / "data", tiny, out, "--part", "16")
-    else:
-        more = USERS if command == "exact users" else []
-        argv = lambda out: fit_args(planted_folder, tiny, out, "--part", "16", *more)
+        argv = lambda out: infer_args(fitted, tmp_path / "data", tiny, out, *more)
     uip.main(argv(tmp_path / "whole"))
-    call = lambda kills, out: subprocess.run([sys.executable, "-c", KILLER, ",".join(map(str, kills)), *argv(out)],
-                                             env=ENVIRONMENT, capture_output=True, text=True)
+    files = lambda folder: sorted(path.name for path in folder.rglob("*.np*"))
     for trial in range(3):
         out = tmp_path / f"out {trial}"
         kills = [draw.choice((1, -1)) * draw.randint(1, 12) for _ in range(draw.randint(1, 4))]
-        done = call([*kills, 999], out)
+        done = subprocess.run([sys.executable, "-c", KILLER, ",".join(map(str, [*kills, 999])), *argv(out)],
+                              env=ENVIRONMENT, capture_output=True, text=True)
         codes = done.stdout.split()
-        assert codes[0] == "-9" and codes[-1] == "0", (kills, done.stdout, done.stderr[-2000:])
-        assert set(codes) <= {"-9", "0"}, (kills, done.stderr[-2000:])
-        assert (out / "profiles.npz").read_bytes() == (tmp_path / "whole/profiles.npz").read_bytes(), kills
-        files = lambda folder: sorted(path.name for path in folder.rglob("*.np*"))
-        assert files(out) == files(tmp_path / "whole")
+        assert codes[0] == "-9" and codes[-1] == "0" and set(codes) <= {"-9", "0"}, (kills, codes, done.stderr[-2000:])
+        assert same_bytes(out, tmp_path / "whole") and files(out) == files(tmp_path / "whole"), kills
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", uip.__file__]
@@ -3056,20 +2580,21 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 @pytest.mark.parametrize("more", [[], USERS], ids=["table", "users"])
 def test_two_processes_give_what_one_gives(fitted, tiny, planted_folder, tmp_path, more):
     """Each scores half of the parts; one of them speaks and writes."""
-    one = fitted
+    one, two = fitted, tmp_path / "two"
     if more:
         one = tmp_path / "one"
         uip.main(fit_args(planted_folder, tiny, one, *more))
-    run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, tmp_path / "two", "--part", "16", *more)],
+    run = subprocess.run([*TORCHRUN, *fit_args(planted_folder, tiny, two, "--part", "16", *more)],
                          capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("per-user tuning" if more else "332 texts to score") == 1
-    single, double = arrays(one), arrays(tmp_path / "two")
+    single, double = arrays(one), arrays(two)
     assert np.array_equal(single["ids"], double["ids"]) and np.array_equal(single["users"], double["users"])
     assert np.allclose(single["pi_0"], double["pi_0"], atol=1e-4)
-    tables = [] if more else [codebook.read_table(folder / "table")[0] for folder in (one, tmp_path / "two")]
-    for name in uip.TextTable._fields if tables else ():
-        assert_close(*(torch.from_numpy(np.array(table[name])) for table in tables))
+    if not more:
+        tables = [codebook.read_table(folder / "table")[0] for folder in (one, two)]
+        for name in uip.TextTable._fields:
+            assert_close(*(torch.from_numpy(np.array(table[name])) for table in tables))
 
 
 @pytest.mark.slow
