@@ -1130,8 +1130,8 @@ def test_sums_and_ids_of_a_rows_past_by_hand_and_against_a_loop():
 
 def test_split_halves_by_hand():
     # user 0 meets items 5, 7, 9: A, B, A, and the second row of 5 goes where 5 is; every user starts with A
-    user, item = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3]), torch.tensor([5, 7, 5, 9, 7, 7, 3, 9, 7, 5])
-    assert codebook.split_halves(user, item).int().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    user, item = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 3]), torch.tensor([5, 7, 5, 9, 7, 7, 3, 9, 7, 5, 2])
+    assert codebook.split_halves(user, item).int().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 1]
 
 
 def test_bag_of_words_is_a_sum_of_one_fixed_direction_per_word():
@@ -1882,13 +1882,13 @@ def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec, wi
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_hidden_and_reversed_states_are_those_of_a_plain_forward(kind):
-    texts = [("title", "red rod reel"), ("price", "9"), ("review", "good 9")]
+    texts = [("title", "red rod reel"), ("title", "9"), ("price", "9"), ("review", "good 9")]
     lm, layout, _, batch, _ = case(kind, texts=[texts])
     states = uip.hidden(lm, batch, uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1))[0, batch.slots.stop:]
-    # user bought red rod reel | paid 9 | user wrote good 9
-    assert_close(uip.score_texts(lm, layout, texts).hidden,
-                 torch.stack([states[2:5].sum(0), states[6], states[9:11].sum(0)]))
-    table = uip.score_reversed(lm, layout, texts, budget=12)           # BOS lead value name: the state at its end
+    # user bought red rod reel | user bought 9 | paid 9 | user wrote good 9
+    want = torch.stack([states[2:5].sum(0), states[7], states[9], states[12:14].sum(0)])
+    assert_close(uip.score_texts(lm, layout, texts).hidden, want)
+    table = uip.score_reversed(lm, layout, texts)                      # BOS lead value name: the state at its end
     for (i, (name, value)), p in itertools.product(enumerate(texts), range(2)):
         ids = [1, *layout.kinds[name][0], *layout.tokenizer.encode(value), *layout.names[p]]
         state = lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -1935,6 +1935,7 @@ def test_out_of_memory_halves_the_budget_and_changes_no_value(error, monkeypatch
         fail(forever)
         with pytest.raises(type(forever), match=f"^{re.escape(str(forever))}$"):
             uip.score_texts(lm, layout, texts)
+        assert ("out of memory" in capsys.readouterr().err) == (forever is error)
 
 
 def test_long_texts_are_cut_and_those_without_tokens_say_nothing():
@@ -2082,13 +2083,22 @@ def assert_consistent(found, score, evidence, users):
 
 
 def test_F_never_falls_over_exact_rounds():
-    shop, said, seen = Planted(users=80), [], []
-    found = uip.fit(*shop.evidence(0), 4, rounds=3, score=lambda x: seen.append(x) or shop.score(x),
-                    start=shop.start.flatten(), log=said.append)
-    assert len(found.F) == len(said) == 4 and len(seen) == 16 and never_falls(found.F) and found.F[-1] > found.F[0] + 1
-    evidence, *_ = shop.evidence(0)
-    assert found.F[0] > 1 - float(shop.score(shop.start)[0][evidence.text].sum())            # better than θ⁰
+    shop, said = Planted(users=80), []
+    evidence, *rows = shop.evidence(0)
+    found = uip.fit(evidence, *rows, 4, rounds=3, score=shop.score, start=shop.start.flatten(), log=said.append)
+    assert len(found.F) == len(said) == 4 and never_falls(found.F) and found.F[-1] > found.F[0] + 1
     assert_consistent(found, shop.score, evidence, 80)
+
+
+def test_exact_rounds_start_one_step_from_theta0_towards_each_codes_own_users():
+    """Where −log P(t | μ) = 50 + μ · g_t is linear, the step is downhill for them, measured against all users."""
+    evidence, user, *rest = Planted(users=40).evidence(0)
+    r, seen = uip.fit(evidence, user, *rest, 4).r[user], []            # (rows, K)
+    score = lambda x: seen.append(x.clone()) or (50 + evidence.value @ x, evidence.value)
+    uip.fit(evidence, user, *rest, 4, rounds=1, lr=0.02, score=score, start=torch.zeros(32), log=seen.append)
+    nll = evidence.value[evidence.text] @ torch.stack(seen[:4], 1)     # (rows, K), without the 50
+    assert ((r * nll).sum(0) / r.sum(0) < nll.mean(0)).all()
+    assert_close(torch.stack(seen[:4]).norm(dim=1), torch.full((4,), 0.02 * 32 ** 0.5))      # as long as one of Adam
 
 
 def test_a_step_that_lowers_F_is_taken_back_and_halved():
@@ -2563,7 +2573,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tm
         argv = lambda out: infer_args(fitted, tmp_path / "data", tiny, out, *more)
     uip.main(argv(tmp_path / "whole"))
     files = lambda folder: sorted(path.name for path in folder.rglob("*.np*"))
-    for trial in range(3):
+    for trial in range(2):
         out = tmp_path / f"out {trial}"
         kills = [draw.choice((1, -1)) * draw.randint(1, 12) for _ in range(draw.randint(1, 4))]
         done = subprocess.run([sys.executable, "-c", KILLER, ",".join(map(str, [*kills, 999])), *argv(out)],
