@@ -417,7 +417,9 @@ def block_minutes(_, root: Path) -> str:
     columns = [("SmolLM2-135M, {processor}, {threads} threads".format(**cpu["machine"]), cpu)] if cpu else []
     columns += [(f"{one['part']}, {gpu['machine'].get('gpu', 'CPU')}", one)
                 for one in gpu.get("gpu", []) if "estimates" in one]
-    rows = [[name, f"{each['items']:,}", *(f"{one['estimates'][name]['minutes'] or 0.05:,.1f}" for _, one in columns)]
+    minutes = lambda one, name: one["estimates"][name]["minutes"]
+    rows = [[name, f"{each['items']:,}", *(f"{minutes(one, name):,.1f}" if minutes(one, name) else "< 0.1"
+                                           for _, one in columns)]
             for name, each in (columns[0][1]["estimates"] if columns else {}).items()]
     return table("|".join(["LLM minutes, *estimates*", "items", *(name for name, _ in columns)]), rows)
 
