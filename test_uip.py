@@ -3144,6 +3144,11 @@ def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     write_shop(tmp_path / "other", seed=5)
     code, _, err = call(ctr, *run_words((tmp_path / "other", *shop_folder[1:]), out))
     assert code == 4 and "other texts" in err
+    plain = Path(shutil.copytree(shop_folder[1], tmp_path / "plain"))
+    arrays = {name: np.array(array) for name, array in codebook.read_table(plain / "table")[0].items()}
+    codebook.write_table(plain / "table", {name: arrays[name] for name in set(arrays) - {"reversed"}}, {"identity": {}})
+    code, _, err = call(ctr, *run_words((shop_folder[0], plain), out, features="none,reversed"))
+    assert code == 2 and "pass --reversed to uip.py fit" in err
     for name in ("stats", "a+b", "a,b"):
         folder = tmp_path / name
         write_shop(folder, layout=json.loads(json.dumps(RUN_LAYOUT).replace("life_stage", name)), users=12)
