@@ -438,7 +438,7 @@ def section_cost(records: list[Record], root: Path) -> str:
 
 
 def block_speed(_, root: Path) -> str:
-    return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:10])
+    return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:8])
 
 
 PAIRS = (*(("userip", other) for other in ("none", "random", "shuffled", "stats", "gap", "untuned", "reversed")),
