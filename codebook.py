@@ -648,7 +648,8 @@ class Bank:
         meta = {"sizes": codes.max(0).tolist(), **meta, "version": VERSION, "users": len(users),
                 "sha256": {name: file_hash(fresh / name) for name in cls.FILES},
                 "sample": {name: file_hash(fresh / name, sample=True) for name in cls.FILES}}
-        (fresh / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (fresh / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8",
+                                        errors="surrogateescape")     # paths in an ASCII locale
         for file in fresh.iterdir():
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())

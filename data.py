@@ -90,7 +90,7 @@ def error_exit(error: BaseException) -> tuple[int, str] | None:
         return 130, "interrupted; the same command resumes"
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", text)):
-        return 2, "out of memory: choose a smaller --budget; finished parts are kept"
+        return 2, "out of memory: choose a smaller --budget (uip.py) or --batch (ctr.py); finished parts are kept"
     if isinstance(error, OSError):
         if error.filename is not None or error.errno is not None:
             path = "" if error.filename is None else f" {error.filename}"
@@ -162,7 +162,7 @@ def write_atomically(path, write) -> None:
 
 
 def write_text(path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))  # paths in an ASCII locale
 
 
 def write_json(path, value) -> None:

@@ -103,6 +103,16 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     assert data.read_json(path, "a", "b") == {"b": "≥", "a": [1]} and list(tmp_path.iterdir()) == [path]
 
 
+def test_folders_with_any_name_in_an_ascii_locale(tmp_path):
+    env = {**PYTHON_PATH, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code = ("import sys, data, numpy; from codebook import Bank; data.main(['planted', '--users', '20', '--out', "
+            "sys.argv[1]]); Bank.build(sys.argv[1] + '/bank', ['a'], numpy.ones((1, 1), int), {'of': sys.argv[1]})")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "größe −")], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(data.read_data(tmp_path / "größe −").users) == 20
+    assert Bank.open(tmp_path / "größe −/bank").meta["of"] == str(tmp_path / "größe −")
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "", "nul", "[" * 100_000, "{}", None])
 def test_read_json_refuses_what_is_no_object_or_lacks_a_key(text, tmp_path):
     if text is not None:
