@@ -761,7 +761,7 @@ def write_table(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None
     """A text table: NAME.npy for each array, and meta.json, which goes last."""
     for name, array in arrays.items():
         data.write_atomically(folder / f"{name}.npy", lambda file: np.save(file, array))
-    sample = {f"{name}.npy": data.sha256_of(folder / f"{name}.npy", sample=True) for name in arrays}
+    sample = {f"{name}.npy": file_hash(folder / f"{name}.npy", sample=True) for name in arrays}
     data.write_json(folder / "meta.json", {**meta, "sample": sample})
 
 
@@ -769,7 +769,7 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of a text table by name, memory-mapped (see uip.TextTable), and its meta.json."""
     meta = data.read_json(folder / "meta.json", "sample", "identity")
     for name, sample in meta["sample"].items():
-        if not (folder / name).exists() or data.sha256_of(folder / name, sample=True) != sample:
+        if not (folder / name).exists() or file_hash(folder / name, sample=True) != sample:
             raise ValueError(f"{folder / name} is not the one that meta.json records: run `uip.py fit` again")
     return {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["sample"]}, meta
 

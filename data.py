@@ -116,9 +116,6 @@ def run_command(program: str, main) -> None:
 
 # ---------------------------------------------------------------------------------------------------- plumbing: files
 
-BLOCK, SAMPLED_BLOCKS = 1 << 16, 64    # see sha256_of
-
-
 @contextmanager
 def exclusive_lock(path):
     """Hold the lock file `path` during the block. CommandError 2: another process holds it.
@@ -185,18 +182,12 @@ def read_json(path, *keys: str) -> dict:
     return value
 
 
-def sha256_of(path, sample: bool = False) -> str:
-    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
-    size, sha = Path(path).stat().st_size, hashlib.sha256()
-    starts = range(0, size, BLOCK)
-    if sample:
-        sha.update(str(size).encode())
-        if len(starts) > SAMPLED_BLOCKS:
-            starts = np.linspace(0, size - BLOCK, SAMPLED_BLOCKS).astype(int).tolist()
+def sha256_of(path) -> str:
+    """sha256 of a file."""
+    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
-            sha.update(file.read(BLOCK))
+        while block := file.read(1 << 16):
+            sha.update(block)
     return sha.hexdigest()
 
 

@@ -123,15 +123,16 @@ def test_read_json_refuses_what_is_no_object_or_lacks_a_key(text, tmp_path):
         data.read_json(tmp_path / "f", "a")
 
 
-def test_sha256_of_a_sample_sees_size_and_blocks(tmp_path):
+def test_the_hash_of_a_sample_sees_size_and_blocks(tmp_path):
     path, body = tmp_path / "f", bytes(1 << 23)
     for text, sample, want in ((b"abc", False, b"abc"), (b"abc", True, b"3abc"), (body, False, body)):
         path.write_bytes(text)
-        assert data.sha256_of(path, sample) == hashlib.sha256(want).hexdigest()
+        assert codebook.file_hash(path, sample) == hashlib.sha256(want).hexdigest()
+        assert data.sha256_of(path) == hashlib.sha256(text).hexdigest()
     samples = []
     for text in (body, body[:-1] + b"x", body[:100_000] + b"x" + body[100_001:], body + b"\0"):
         path.write_bytes(text)
-        samples.append(data.sha256_of(path, sample=True))
+        samples.append(codebook.file_hash(path, sample=True))
     assert samples[0] == samples[2] and len(set(samples)) == 3              # the third differs between two blocks
 
 

@@ -683,8 +683,8 @@ def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Ten
 
 try:
     import data
-    from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, profile_evidence, read_profiles,
-                          read_table, select_rows, split_halves, write_profiles, write_table)
+    from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, file_hash, profile_evidence,
+                          read_profiles, read_table, select_rows, split_halves, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -706,7 +706,7 @@ def lm_identity(name: str, random: bool = False) -> dict:
     folder, sha = lm_folder(name), hashlib.sha256()
     noted = data.read_json(folder / "source.json") if (folder / "source.json").exists() else {"name": name}
     for file in sorted({file for pattern in LM_FILES for file in folder.glob(pattern)} - {folder / "source.json"}):
-        sha.update(f"{file.name} {data.sha256_of(file, sample=True)}\n".encode())
+        sha.update(f"{file.name} {file_hash(file, sample=True)}\n".encode())
     return {**noted, "fingerprint": sha.hexdigest()[:16], **({"weights": "random"} if random else {})}
 
 
