@@ -295,27 +295,47 @@ def split_halves(user: Tensor, item: Tensor) -> Tensor:
     return half[pair]
 
 
-def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, most: int = 16):
+def noise_within_users(rows: Tensor, weight: Tensor, user: Tensor) -> Tensor:
+    """Covariance of one unit of weight, [D, D] fp64, from how the rows of a user differ; each user counts once (ours).
+
+    rows: [R, D] sums of values; weight: [R] ≥ 0; user: [R], sorted, at least one with two rows of some weight. There
+    are many more rows than users. From one difference between halves a user, more dimensions than users would leave
+    directions without any noise, and whoever divides by the noise would take them for the user.
+    """
+    told = weight > 0
+    rows, weight, size = rows[told], weight[told].double(), torch.unique_consecutive(user[told], return_counts=True)[1]
+    pointer, every = torch.cat([size.new_zeros(1), size.cumsum(0)]), torch.arange(len(rows), device=rows.device)
+    total = sum_texts(pointer, every, weight[:, None])                 # (U, 1)
+    mean = sum_texts(pointer, every, rows) / total.float()             # (U, D)
+    freedom = total - sum_texts(pointer, every, weight.square()[:, None]) / total            # of a user: Σ w − Σ w² / Σ w
+    several = size[:, None] > 1
+    scale = torch.where(several, 1 / freedom, 0) / several.sum()
+    apart = rows - weight[:, None].float() * mean.repeat_interleave(size, 0)
+    apart *= scale.sqrt().float().repeat_interleave(size, 0)
+    return (apart.T @ apart).double()
+
+
+def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, noise: Tensor, most: int = 16,
+                    ridge: float = 0.003):
     """Directions in which two halves of a user's evidence agree more than chance (ours).
 
-    a, b: [N, D] Σ of a user's values in each half; n_a, n_b: [N] Σ of weights, > 0. What the halves share across users
-    is the user, the rest is noise: C_signal = sym cov(ā, b̄), C_noise = cov(ā − b̄) per unit of weight. Directions are
-    the generalised eigenvectors of (C_signal, C_noise / n + ε) at the median user's n. As many are kept as have a
-    larger eigenvalue than any of ten trials (three from 4,096 users on) in which B is another user's (parallel
-    analysis, Horn 1965), 1 to `most`.
+    a, b: [N, D] Σ of a user's values in each half; n_a, n_b: [N] Σ of weights, > 0; noise: [D, D] of one unit of
+    weight. What the halves share across users is the user: C_signal = sym cov(ā, b̄). Directions are the generalised
+    eigenvectors of (C_signal, noise / n + ε) at the median user's n; ε is `ridge` of the mean noise, small because a
+    few directions hold most of it (results/log.md). As many are kept as have a larger eigenvalue than any of ten trials
+    (three from 4,096 users on) in which B is another user's (parallel analysis, Horn 1965), 1 to `most`.
     → directions [D, q] fp64, eigenvalues [min(D, 32)], the largest eigenvalue by chance.
     """
     n_a, n_b = n_a.double(), n_b.double()                              # products over users in fp32, the rest in fp64
     a, b = a.float() / n_a[:, None].float(), b.float() / n_b[:, None].float()
-    both = n_a * n_b / (n_a + n_b)                                     # Var(ā − b̄) = C / both
+    both = n_a * n_b / (n_a + n_b)
     trust = both / (both + both.median())                              # a user with much evidence counts up to once
     share = (trust / trust.sum()).float()[:, None]                     # (N, 1)
     middle = ((a + b) * share).sum(0) / 2
-    gap = (a - b) * both.sqrt().float()[:, None]
-    noise = (gap.T @ gap).double() / len(a) / (n_a + n_b).median()     # (D, D) of the median user's mean
-    ridge = noise.trace() / len(noise) + 1e-12 * (1 + a.square().mean())
-    values, vectors = torch.linalg.eigh(noise + ridge * torch.eye(len(noise), dtype=noise.dtype, device=a.device))
-    whiten = vectors / values.sqrt()                                   # (D, D): whitenᵀ (noise + ε) whiten = 1
+    values, vectors = torch.linalg.eigh(noise / (n_a + n_b).median())  # of the median user's mean
+    values = values.clamp_min(0)
+    epsilon = ridge * values.mean() + 1e-12 * (1 + a.square().mean())
+    whiten = vectors / (values + epsilon).sqrt()                       # (D, D): whitenᵀ (noise + ε) whiten = 1
     a, b = (a - middle) * share, b - middle
 
     def signal(other: Tensor) -> Tensor:                               # whitened after the sum over users, D × D
@@ -384,8 +404,8 @@ def responsibilities(book: Codebook, z: Tensor, n: Tensor) -> Tensor:
     """
     mean, variance = posterior(z, n, book.noise, book.prior)
     scale = 1 / (variance + book.spread)                               # (N, q)
-    r = ((mean * scale) @ book.mu.T - 0.5 * scale @ book.mu.T.square()).softmax(1)           # (N, K)
-    return torch.where(n[:, None] > 0, r, book.pi)
+    logits = book.mu @ (mean * scale).T - 0.5 * book.mu.square() @ scale.T                   # (K, N): softmax over the
+    return torch.where(n > 0, logits.softmax(0), book.pi[:, None]).T                         # first axis is far faster
 
 
 def fit_codes(book: Codebook, z: Tensor, n: Tensor, k: int, seed: int = 0, without: str = "") -> Codebook:
@@ -400,15 +420,15 @@ def fit_codes(book: Codebook, z: Tensor, n: Tensor, k: int, seed: int = 0, witho
 
 @torch.no_grad()
 def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16,
-                 most_users: int = 8192, seed: int = 0, without: str = "",
+                 most_users: int = 8192, most_rows: int = 32_768, seed: int = 0, without: str = "",
                  half: Tensor | None = None) -> tuple[Codebook, Tensor, Tensor]:
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
     number of users with evidence. directions: at most so many. most_users: directions are found on the first so many
-    users with two halves, prior and codes on four times as many (users must come in no meaningful order). without:
-    "signal"
-    (principal components instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
+    users with two halves, prior and codes on four times as many, noise on the users of the first most_rows rows (users
+    must come in no meaningful order). without: "signal" (principal components instead of the directions that halves
+    agree in), "em" (no shrinking) or "kmeans" (VQ instead).
     half: split_halves(user, item), where several profiles share it.
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
@@ -428,7 +448,12 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         some = paired[:most_users]
         first = halves[0][:2 * int(some[-1]) + 3]                      # CSR of the users up to the last of them
         sums = sum_texts(first, halves[1][:first[-1]], centred.float()).reshape(-1, 2, centred.shape[1])[some]
-        v, eigenvalues, chance = find_directions(sums[:, 0], n_half[some, 0], sums[:, 1], n_half[some, 1], directions)
+        rows = int(torch.searchsorted(user, user[min(most_rows, len(user)) - 1], right=True))            # whole users
+        pointer, told = indptr[:rows + 1] - indptr[0], text[:indptr[rows]]
+        apart = noise_within_users(sum_texts(pointer, told, centred.float()),
+                                   sum_texts(pointer, told, weight[:, None].float())[:, 0], user[:rows])
+        v, eigenvalues, chance = find_directions(sums[:, 0], n_half[some, 0], sums[:, 1], n_half[some, 1], apart,
+                                                 directions)
     else:
         scaled = centred * counts.sqrt()[:, None]
         values, vectors = torch.linalg.eigh(scaled.T @ scaled / counts.sum())
@@ -450,12 +475,13 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
 
 
 def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
-               rows: int = 65_536) -> tuple[Tensor, Tensor]:
+               rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Each row's ID from the first seen[r] rows of its user: ids [R] int64 (−1: no evidence), probability [R] fp32.
 
-    user: [R] int64, rows sorted by user and then by time. Whole users at a time, about `rows` rows: memory does not
-    grow with R, and the pieces stay in a CPU's cache.
+    user: [R] int64, rows sorted by user and then by time. Whole users at a time, about `rows` rows, so that memory does
+    not grow with R, and the pieces stay in a CPU's cache.
     """
+    rows = rows or (16_384 if user.device.type == "cpu" else 65_536)
     value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1).float()
     ids, sure, begin = torch.empty_like(user), torch.empty_like(user, dtype=torch.float32), 0
     small = book._replace(**{name: getattr(book, name).float() for name in ("noise", "prior", "pi", "mu", "spread")})

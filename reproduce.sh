@@ -19,7 +19,7 @@
 #   NPROC   processes of the text table, by torchrun [1]    MODELS  click models of the demo [deepfm,dcn,fm,lr]
 #   SETS    of full [amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV]; also
 #           amazon18:X, amazon23:X, nete:PATH    RAW    folder with the data's files, if got by hand [download]
-#   CODES   codes per profile on real data [8,8] CAP    users of each set, drawn by a hash [all]
+#   CODES   codes per profile on real data [16,16] CAP    users of each set, drawn by a hash [all]
 #   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, DTYPE or LM are set, so that
 #           the published ones stay]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
@@ -30,7 +30,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 OWN=${USERS:-}${SEEDS:-}${MODELS:-}${CODES:-}${CAP:-}${LM:-}${DTYPE:-}
 VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} MODELS=${MODELS:-deepfm,dcn,fm,lr} SEEDS=${SEEDS:-} RUN=
-CODES=${CODES:-8,8} CAP=${CAP:-} RAW=${RAW:-}
+CODES=${CODES:-16,16} CAP=${CAP:-} RAW=${RAW:-}
 DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
 SETS=${SETS:-amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV}
 if [ -z "${RESULTS:-}" ] && [ -n "$OWN" ]; then RESULTS=runs/results; else RESULTS=${RESULTS:-results}; fi
@@ -52,7 +52,7 @@ check() {  # check NAME REGEX WORDS: a setting that is empty has its default
 }
 NUMBER='[1-9][0-9]{0,8}' MODEL='lr|fm|deepfm|dcn' SET='amazon(14|18|23):[A-Za-z0-9_]+|nete:[^ ]+'
 for name in USERS SEEDS BUDGET NPROC CAP; do check $name "$NUMBER" "a whole number from 1 to 999999999"; done
-check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 8,8"
+check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 16,16"
 check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
 check SETS " *($SET)( +($SET))* *" "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH, with spaces between"
 check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
@@ -201,17 +201,18 @@ PAGES="$Q results/report.py --results $RESULTS"    # makes all pages from the re
 [ "$RESULTS" = results ] || PAGES="$PAGES --readme $RESULTS/none"
 ALL=none,random,shuffled,stats,gap,untuned,bag,userip,stats+userip
 
-clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES]: click models of the data set RUN
-  stage "$1" "ctr.py codebook.py" "${4:-profiles}" "$2/runs.jsonl" \
+clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES [STAGE before]]: click models of the data set RUN
+  local restart='$FRESH'
+  [ $# -lt 5 ] || restart=                     # behind another stage, whose runs stay in the same folder
+  stage "$1" "ctr.py codebook.py" "${4:-profiles} ${5:-}" "$2/runs.jsonl" \
     "$Q ctr.py run --data runs/$RUN/data --profiles runs/$RUN/${4:-profiles} $3 $CLICK --device $DEVICE \
-     --out $2 \$FRESH"
+     --out $2 $restart"
 }
 
-# real NAME "ARGUMENTS of data.py": one text table, then new and warm users, with the labels liked and chosen; then new
-# users with parts of the method left out, with other codebook sizes, and with titles alone
+# real NAME "ARGUMENTS of data.py": one text table; new and warm users, with the labels liked and chosen; new users with
+# parts of the method left out, with other codebook sizes, and with titles alone; then the other backbones
 real() {
-  local d=runs/$1 r=$RESULTS/$1 protocol label seeds models part k
-  local one="--protocol new --features userip --seeds ${SEEDS:-2}"
+  local d=runs/$1 r=$RESULTS/$1 protocol label seeds part k one
   local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
   export RUN=$1
   environment
@@ -223,27 +224,35 @@ real() {
   for label in liked chosen; do
     for protocol in new warm; do
       case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac      # intervals of new are over folds, of warm over seeds
-      case $label in liked) models=deepfm,lr,fm,dcn ;; *) models=deepfm ;; esac
       clicks "$protocol-$label" "$r-$protocol-$label" \
-        "--protocol $protocol --label $label --features $features --models $models --seeds ${SEEDS:-$seeds}"
-      stage "$protocol-$label-table" "ctr.py results/report.py" "$protocol-$label" \
-        "$r-$protocol-$label/table.md" "$PAGES"
-      cat "$r-$protocol-$label/table.md"
+        "--protocol $protocol --label $label --features $features --seeds ${SEEDS:-$seeds}"
+      "$PY" ctr.py table "$r-$protocol-$label"
     done
   done
-  for part in em kmeans signal; do clicks "without-$part" "$r-new-liked-without-$part" "$one --without $part"; done
+  for label in liked chosen; do
+    one="--protocol new --label $label --features userip --seeds ${SEEDS:-2}"
+    for part in em kmeans signal; do
+      clicks "$label-without-$part" "$r-new-$label-without-$part" "$one --without $part"
+    done
+    for k in 2 4 8 32; do clicks "$label-codes-$k" "$r-new-$label-codes-$k" "$one --codes $k,$k"; done
+    case $2 in nete:*) ;; *) clicks "$label-titles" "$r-titles-new-$label" "--protocol new --label $label --kinds title \
+      --features none,random,untuned,reversed,bag,userip --seeds ${SEEDS:-2}" ;; esac
+  done
+  one="--protocol new --features userip --seeds ${SEEDS:-2}"
   clicks without-unsure "$r-new-liked-without-unsure" "$one --sure 0.5"
   clicks without-time "$r-warm-liked-without-time" \
     "--protocol warm --features userip --seeds ${SEEDS:-5} --without time"
-  for k in 2 4 16 32; do clicks "codes-$k" "$r-new-liked-codes-$k" "$one --codes $k,$k"; done
-  case $2 in nete:*) ;; *) clicks titles "$r-titles-new-liked" \
-    "--protocol new --features none,untuned,reversed,bag,userip --seeds ${SEEDS:-2} --kinds title" ;; esac
   for part in views mask pretraining; do
     stage "profiles-$part" "uip.py codebook.py" "lm data" "$d/profiles-$part/profiles.npz" \
       "$EM fit --data $d/data --out $d/profiles-$part --codes $CODES --without $part $ARGS"
     clicks "without-$part" "$r-new-liked-without-$part" "$one" "profiles-$part"
   done
-  stage tables "ctr.py results/report.py" "without-$part" "$RESULTS/README.md" "$PAGES"
+  for protocol in new warm; do
+    case $protocol in new) seeds=2 ;; *) seeds=5 ;; esac
+    clicks "backbones-$protocol" "$r-$protocol-liked" "--protocol $protocol --features $features --models lr,fm,dcn \
+      --seeds ${SEEDS:-$seeds}" profiles "$protocol-liked"
+  done
+  stage tables "ctr.py results/report.py" "backbones-new backbones-warm" "$RESULTS/README.md" "$PAGES"
 }
 CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
 
@@ -259,7 +268,7 @@ case ${1:-demo} in
   -h | --help | help) usage ;;
   demo)
     shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
-    cat "$RESULTS/demo/table.md"
+    "$PY" ctr.py table "$RESULTS/demo"
     if [ "$DEVICE" != cpu ] && "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
       echo "A CUDA device is here: next comes \`full\` ($SETS). Its times are in results/README.md, Cost."
       echo "Ctrl-C stops it, and the same command resumes."

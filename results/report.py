@@ -7,8 +7,8 @@
 
 Records: NAME/{runs.jsonl, meta.json} of ctr.py run, NAME/{score, data, guide, meaning, summary}.json of this program,
 NAME/cards.md of codebook.py cards, bench/*.json of bench.py. NAME is a data set, or DATASET-PROTOCOL-LABEL; behind it
-may stand -without-PART (an ablation) or -codes-K (another codebook size). Pages: README.md here, NAME/table.md, and the
-blocks <!-- SECTION --> … <!-- /SECTION --> of the README at the top.
+may stand -without-PART (an ablation) or -codes-K (another codebook size). Pages: README.md here, and the blocks
+<!-- SECTION --> … <!-- /SECTION --> of the README at the top.
 """
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from codebook import perplexity, read_profiles, rows_by_id
-from ctr import (KNOWN, by_fold, difference, folder_tables, known_auc, known_table, markdown, metric_mean, number,
-                 overall_table, read_runs, signed)
+from ctr import (KNOWN, by_fold, difference, known_auc, known_table, markdown, metric_mean, number, overall_table,
+                 read_runs, signed)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -491,16 +491,6 @@ BLOCKS = {"demo": block_demo, "seconds": block_seconds, "findings": block_findin
           "minutes": block_minutes}
 
 
-def folder_page(one: Record) -> str:
-    """results/NAME/table.md: all tables of one folder."""
-    score = one.read("score")
-    which = (("ari", "own"), ("ari", "other"), ("ari_sparse", "own"))
-    rows = [[name, *(number(score[key].get(name, {}).get(side), ".3f") for key, side in which), f"{used:.2f}",
-             f"{score['unsure'][name]:.1%}"] for name, used in score.get("perplexity", {}).items()]
-    return (folder_tables(one.folder) + "\n" if one.runs else "") + table(
-        "profile|ARI own|ARI other|ARI own, sparse users|perplexity|users under 50 % sure", rows)
-
-
 def command_pages(args) -> None:
     """Every page from the records."""
     root, readme = Path(args.results), Path(args.readme)
@@ -511,9 +501,6 @@ def command_pages(args) -> None:
             "logloss are\nmeans over seeds, then over folds. Cells that were not run stay blank.\n")
     page += "".join(f"\n## {place}. {SECTIONS[name][0]}\n\n{made[name]}" for place, name in enumerate(titles, 1))
     data.write_text(root / "README.md", page)
-    for one in records:
-        if folder_page(one):
-            data.write_text(one.folder / "table.md", folder_page(one))
     made |= {name: block(records, root) or "" for name, block in BLOCKS.items()}
     if readme.exists():
         old = readme.read_text(encoding="utf-8")
