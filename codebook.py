@@ -307,7 +307,7 @@ def noise_within_users(rows: Tensor, weight: Tensor, user: Tensor) -> Tensor:
     pointer, every = torch.cat([size.new_zeros(1), size.cumsum(0)]), torch.arange(len(rows), device=rows.device)
     total = sum_texts(pointer, every, weight[:, None])                 # (U, 1)
     mean = sum_texts(pointer, every, rows) / total.float()             # (U, D)
-    freedom = total - sum_texts(pointer, every, weight.square()[:, None]) / total            # of a user: Σ w − Σ w² / Σ w
+    freedom = total - sum_texts(pointer, every, weight.square()[:, None]) / total
     several = size[:, None] > 1
     scale = torch.where(several, 1 / freedom, 0) / several.sum()
     apart = rows - weight[:, None].float() * mean.repeat_interleave(size, 0)

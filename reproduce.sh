@@ -235,8 +235,8 @@ real() {
       clicks "$label-without-$part" "$r-new-$label-without-$part" "$one --without $part"
     done
     for k in 2 4 8 32; do clicks "$label-codes-$k" "$r-new-$label-codes-$k" "$one --codes $k,$k"; done
-    case $2 in nete:*) ;; *) clicks "$label-titles" "$r-titles-new-$label" "--protocol new --label $label --kinds title \
-      --features none,random,untuned,reversed,bag,userip --seeds ${SEEDS:-2}" ;; esac
+    case $2 in nete:*) ;; *) clicks "$label-titles" "$r-titles-new-$label" "--protocol new --label $label \
+      --kinds title --features none,random,untuned,reversed,bag,userip --seeds ${SEEDS:-2}" ;; esac
   done
   one="--protocol new --features userip --seeds ${SEEDS:-2}"
   clicks without-unsure "$r-new-liked-without-unsure" "$one --sure 0.5"

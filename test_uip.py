@@ -1114,6 +1114,9 @@ def test_vq_collapses_where_kmeans_does_not():
     assert 0.24 < float(start.max()) <= 0.25 and -0.25 <= float(start.min()) < -0.24
     apart = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)      # where every code is near someone, it learns
     assert vq(apart, 2, steps=1500, generator=seeded(3)).inertia < 0.01 * len(apart)
+    apart.requires_grad_()
+    vq(apart, 2, steps=3)
+    assert apart.grad is None                                          # the loss moves the codes, not what they code
 
 
 # ------------------------------------------------------------------------------------ sums over texts and rows

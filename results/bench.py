@@ -358,10 +358,20 @@ def scale_speed(users: int, score=None, device: str = "cpu", epoch: bool = False
         stage("one epoch of DeepFM", lambda: ctr.train_epoch(model, adam, x, y, 8192, generator))
     arrays = sum(array.nbytes for array in (*table.values(), *source) if isinstance(array, np.ndarray)) / 2 ** 20
     return {"users": users, "rows": len(source.user), "texts": len(source.texts), "users_per_s": round(speed),
+            "em_s": round(took["fit_codebook"] + took["IDs of users"], 3),
             "seconds": {name: round(value, 3) for name, value in took.items()},
             "update_us": round(1e6 * float(np.median(one)), 1),
             "arrays_mb": round(arrays, 1), "peak_mb_before": before, "peak_mb": data.peak_mb(),
             **({"gpu_peak_mb": peak_mb(device)} if device != "cpu" else {})}
+
+
+def real_speed(folder: str, profiles: str) -> dict:
+    """Seconds of everything between the text table and the IDs of a data set that uip.py fit was run on."""
+    source, known = data.read_data(folder), codebook.read_profiles(profiles)
+    table = codebook.read_table(Path(profiles, known.meta["table"]))[0]
+    taken = [seconds(lambda: list(ids_of_users(source, table, known.meta["settings"]["codes"], "cpu"))) for _ in "123"]
+    return {"shop": source.name, "users": len(source.users), "rows": len(source.user), "texts": len(source.texts),
+            "em_s": round(min(taken), 3)}
 
 
 def bench_scale(args) -> dict:
@@ -373,7 +383,8 @@ def bench_scale(args) -> dict:
         found.append(scale_speed(users, score))
         print(json.dumps(found[-1]), flush=True)
     largest, smallest = found[-1]["seconds"]["text table"], found[0]["seconds"]["text table"]
-    return {"scale": found, "users_per_s": found[-1]["users_per_s"], "peak_mb": data.peak_mb(),
+    real = [real_speed(args.office, args.profiles)] if args.office else []
+    return {"scale": found + real, "users_per_s": found[-1]["users_per_s"], "peak_mb": data.peak_mb(),
             **({"llm_seconds_ratio": round(largest / smallest, 3)} if args.lm else {}),
             "table": args.lm or "random gradients of width 576", "machine": machine()}
 
@@ -553,8 +564,8 @@ def main(argv: list[str] | None = None) -> None:
             ("em", "texts", 128, whole, "texts of the planted shop"),
             ("em", "naive", 32, whole, "texts for the naive way"),
             ("em", "repeat", 3, whole, "turns after the warm-up"),
-            ("gpu", "office", None, str, "folder of Office_Products, made by data.py; needs --profiles"),
-            ("gpu", "profiles", None, str, "what uip.py fit made of it on a CPU"),
+            ("gpu scale", "office", None, str, "folder of Office_Products, made by data.py; needs --profiles"),
+            ("gpu scale", "profiles", None, str, "what uip.py fit made of it on a CPU"),
             ("gpu", "minutes", 7, whole, "no part starts after so many"),
             ("bank", "users", 10_000_000, whole, "users"),
             ("scale", "users", [1000, 100_000], whole, "users of each shop, ascending")):

@@ -337,6 +337,7 @@ FIGURES = (
     ("em", "tokens_per_s", "text table: tokens per second", ",.0f", "", 1),
     ("em", "ms_per_text", "text table: ms for a distinct text, the LLM at request time", ".1f", "", 0),
     ("scale", "users_per_s", "{users:,} users: users per second behind the table", ",.0f", "≥ 50,000", 1),
+    ("scale", "em_s", "{users:,} users: seconds of the EM, the codes and all IDs, from the table", ".2f", "", 0),
     ("scale", "peak_mb", "{users:,} users: peak memory, MB, with {arrays_mb:,.0f} of arrays", ",.0f", "", 0),
     ("scale", "update_us", "{users:,} users: µs for a live update of one ID", ",.0f", "", 0),
     ("kmeans", "ratio/sklearn", "k-means, {n:,} × {d}, K = {k}: scikit-learn / ours", ".2f", "≥ 1", 0),
