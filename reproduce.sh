@@ -20,17 +20,18 @@
 #   SETS    of full [amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV]; also
 #           amazon18:X, amazon23:X, nete:PATH    RAW    folder with the data's files, if got by hand [download]
 #   CODES   codes per profile on real data [16,16] CAP    users of each set, drawn by a hash [all]
-#   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, DTYPE or LM are set, so that
-#           the published ones stay]
+#   REVIEWS rows of a user that also tell their review sentence, in `full`; each costs LLM time [0]
+#   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, REVIEWS, DTYPE or LM are set,
+#           so that the published ones stay]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
 # Relative paths are relative to this folder.
 set -Eeuo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-OWN=${USERS:-}${SEEDS:-}${MODELS:-}${CODES:-}${CAP:-}${LM:-}${DTYPE:-}
+OWN=${USERS:-}${SEEDS:-}${MODELS:-}${CODES:-}${CAP:-}${REVIEWS:-}${LM:-}${DTYPE:-}
 VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} MODELS=${MODELS:-deepfm,dcn,fm,lr} SEEDS=${SEEDS:-} RUN=
-CODES=${CODES:-16,16} CAP=${CAP:-} RAW=${RAW:-}
+CODES=${CODES:-16,16} CAP=${CAP:-} REVIEWS=${REVIEWS:-} RAW=${RAW:-}
 DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
 SETS=${SETS:-amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV}
 if [ -z "${RESULTS:-}" ] && [ -n "$OWN" ]; then RESULTS=runs/results; else RESULTS=${RESULTS:-results}; fi
@@ -51,7 +52,7 @@ check() {  # check NAME REGEX WORDS: a setting that is empty has its default
   [ -z "${!1:-}" ] || [[ ${!1} =~ ^($2)$ ]] || fail 2 "$1=${!1} is not $3"
 }
 NUMBER='[1-9][0-9]{0,8}' MODEL='lr|fm|deepfm|dcn' SET='amazon(14|18|23):[A-Za-z0-9_]+|nete:[^ ]+'
-for name in USERS SEEDS BUDGET NPROC CAP; do check $name "$NUMBER" "a whole number from 1 to 999999999"; done
+for name in USERS SEEDS BUDGET NPROC CAP REVIEWS; do check $name "$NUMBER" "a whole number from 1 to 999999999"; done
 check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 16,16"
 check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
 check SETS " *($SET)( +($SET))* *" "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH, with spaces between"
@@ -212,8 +213,9 @@ clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES [STAGE before]]: 
 # real NAME "ARGUMENTS of data.py": one text table; new and warm users, with the labels liked and chosen; new users with
 # parts of the method left out, with other codebook sizes, and with titles alone; then the other backbones
 real() {
-  local d=runs/$1 r=$RESULTS/$1 protocol label seeds part k one
+  local d=runs/$1 r=$RESULTS/$1 protocol label seeds part k one no_reviews=title,category,brand,price,verdict
   local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
+  case $2 in nete:*) no_reviews=category,brand,feature,price,person,verdict ;; esac
   export RUN=$1
   environment
   language_model
@@ -237,6 +239,7 @@ real() {
     for k in 2 4 8 32; do clicks "$label-codes-$k" "$r-new-$label-codes-$k" "$one --codes $k,$k"; done
     case $2 in nete:*) ;; *) clicks "$label-titles" "$r-titles-new-$label" "--protocol new --label $label \
       --kinds title --features none,random,untuned,reversed,bag,userip --seeds ${SEEDS:-2}" ;; esac
+    [ -z "$REVIEWS" ] || clicks "$label-without-review" "$r-new-$label-without-review" "$one --kinds $no_reviews"
   done
   one="--protocol new --features userip --seeds ${SEEDS:-2}"
   clicks without-unsure "$r-new-liked-without-unsure" "$one --sure 0.5"
@@ -257,10 +260,8 @@ real() {
 CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
 
 every_set() {
-  local set
-  for set in $SETS; do
-    real "`echo "$set" | tr ':/' '--'`" "$set${CAP:+ --users $CAP}${RAW:+ --raw `printf %q "$RAW"`}"
-  done
+  local set flags="${CAP:+ --users $CAP}${REVIEWS:+ --reviews $REVIEWS}${RAW:+ --raw `printf %q "$RAW"`}"
+  for set in $SETS; do real "`echo "$set" | tr ':/' '--'`" "$set$flags"; done
 }
 
 [ "$RESULTS" = results ] || echo "With settings of your own, results go to $RESULTS; those in results/ stay."
