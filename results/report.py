@@ -447,7 +447,7 @@ PAIRS = (*(("userip", other) for other in ("none", "random", "shuffled", "stats"
 
 
 def block_findings(records: list[Record], _) -> str:
-    mine = [one for one in records if one.whole and one.runs and one.name not in SHOPS[1:]][:10]
+    mine = [one for one in records if one.whole and one.name not in SHOPS and one.gap("userip", "gap")]
     gaps = [[one.gap(*pair) for pair in PAIRS] for one in mine]
     count = [f"{a} − {b} is {count_sides(column)}" for (a, b), column in zip(PAIRS, zip(*gaps))]
     gains = [(one.name, row[0][0]) for one, row in zip(mine, gaps) if row[0]]
