@@ -310,7 +310,7 @@ def noise_within_users(rows: Tensor, weight: Tensor, user: Tensor) -> Tensor:
     freedom = total - sum_texts(pointer, every, weight.square()[:, None]) / total
     several = size[:, None] > 1
     scale = torch.where(several, 1 / freedom, 0) / several.sum()
-    apart = rows - weight[:, None].float() * mean.repeat_interleave(size, 0)
+    apart = mean.repeat_interleave(size, 0).mul_(-weight[:, None].float()).add_(rows)        # in place: rows are many
     apart *= scale.sqrt().float().repeat_interleave(size, 0)
     return (apart.T @ apart).double()
 
@@ -481,7 +481,7 @@ def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
     user: [R] int64, rows sorted by user and then by time. Whole users at a time, about `rows` rows, so that memory does
     not grow with R, and the pieces stay in a CPU's cache.
     """
-    rows = rows or (16_384 if user.device.type == "cpu" else 65_536)
+    rows = rows or (32_768 if user.device.type == "cpu" else 65_536)
     value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1).float()
     ids, sure, begin = torch.empty_like(user), torch.empty_like(user, dtype=torch.float32), 0
     small = book._replace(**{name: getattr(book, name).float() for name in ("noise", "prior", "pi", "mu", "spread")})
