@@ -361,10 +361,11 @@ def figures(bench: Path, brief: bool = False) -> list[list[str]]:
         about = found.get("machine", {})
         place = about.get("gpu") or f"{about.get('processor', '')}, {about.get('threads', 1)} thread(s)"
         for value in found[file] if isinstance(found.get(file), list) else [found] if found else []:
-            label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
-            for key in keys.split("/"):
-                value = value.get(key) if isinstance(value, dict) else None
-            rows += [[label, format(value, form), aim, place]] if isinstance(value, (int, float)) else []
+            figure = functools.reduce(lambda one, key: one.get(key) if isinstance(one, dict) else None,
+                                      keys.split("/"), value)
+            if isinstance(figure, (int, float)):
+                label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
+                rows.append([label, format(figure, form), aim, place])
     return rows
 
 
@@ -439,7 +440,7 @@ def section_cost(records: list[Record], root: Path) -> str:
 
 
 def block_speed(_, root: Path) -> str:
-    return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:8])
+    return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:10])
 
 
 PAIRS = (*(("userip", other) for other in ("none", "random", "shuffled", "stats", "gap", "untuned", "reversed")),
