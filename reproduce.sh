@@ -20,7 +20,7 @@
 #   SETS    of full [amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV]; also
 #           amazon18:X, amazon23:X, nete:PATH    RAW    folder with the data's files, if got by hand [download]
 #   CODES   codes per profile on real data [16,16] CAP    users of each set, drawn by a hash [all]
-#   REVIEWS rows of a user that also tell their review sentence, in `full`; each costs LLM time [0]
+#   REVIEWS rows of a user that also tell their review sentence, in `full`; each costs LLM time [none]
 #   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, REVIEWS, DTYPE or LM are set,
 #           so that the published ones stay]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]
@@ -278,7 +278,9 @@ case ${1:-demo} in
       echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon)."
       echo "How long the LLM takes for Amazon on a CPU like ours: results/README.md, Cost."
     fi ;;
-  small) real ml-100k ml-100k ;;
+  small)
+    [ -z "$REVIEWS" ] || fail 2 "REVIEWS=$REVIEWS: MovieLens-100K has no reviews; unset it, or take \`full\`"
+    real ml-100k ml-100k ;;
   full) every_set ;;
   seeds)
     shop demo "--seed 0" "--codes 4,3" $ALL $MODELS

@@ -1234,6 +1234,15 @@ def test_more_dimensions_than_users_make_no_direction_out_of_noise():
     assert book.eigenvalues[0] < 1.5 * book.chance and book.directions.shape[1] < 4
 
 
+def test_noise_is_found_where_those_with_two_rows_come_last():
+    evidence, user, item, _ = planted_evidence(users=60)
+    many = torch.cat([torch.arange(100), user + 100])                  # 100 users of one row each, in front
+    front = lambda column: torch.cat([column[:100], column])
+    evidence = evidence._replace(indptr=torch.arange(len(many) + 1), text=front(torch.arange(len(user))))
+    book, z, _ = codebook.fit_codebook(evidence, many, torch.arange(len(many)), 160, 3, most_rows=50)
+    assert book.directions.isfinite().all() and z.isfinite().all()
+
+
 def no_direction(eigenvalues, chance, directions):
     """True if halves agree no more than chance (a codebook has at least one direction)."""
     return directions.shape[1] == 1 and eigenvalues[0] < 1.3 * chance
@@ -3346,6 +3355,8 @@ def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(
                         ("CODES", "3"), ("MODELS", "lr,foo"), ("SETS", "foo"), ("DTYPE", "foo"), ("DEVICE", "foo")):
         wrong = reproduce(tmp_path, **{name: value})
         assert wrong.returncode == 2 and f"{name}={value} is not" in wrong.stderr and not (tmp_path / "runs").exists()
+    none = reproduce(tmp_path, "small", REVIEWS="3")
+    assert none.returncode == 2 and "has no reviews" in none.stderr and not (tmp_path / "runs").exists()
     (tmp_path / "alien" / "bin").mkdir(parents=True)
     (tmp_path / "alien" / "bin" / "python").symlink_to(sys.executable)
     alien = reproduce(tmp_path, VENV="alien")

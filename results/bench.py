@@ -227,7 +227,7 @@ def bench_bank(args, batch: int = 10_000) -> dict:
         opened = min(seconds(lambda: Bank.open(folder / "bank")) for _ in range(3))
         bank, batches = Bank.open(folder / "bank"), [users[rng.integers(0, n, batch)] for _ in range(50)]
         each = median(bank.lookup, batches) / batch
-        for _ in "12":                                                 # the first turn brings the pages into memory
+        for _ in range(2):                                             # the first turn brings the pages into memory
             single = [seconds(lambda: bank.lookup(user)) for some in batches[:2] for user in some.tolist()]
         few = min(n, 1_000_000)
         long = np.array([f"A{number:013d}" for number in rng.permutation(few)])                   # 14 characters
@@ -370,7 +370,8 @@ def real_speed(folder: str, profiles: str) -> dict:
     """Seconds of everything between the text table and the IDs of a data set that uip.py fit was run on."""
     source, known = data.read_data(folder), codebook.read_profiles(profiles)
     table = codebook.read_table(Path(profiles, known.meta["table"]))[0]
-    taken = [seconds(lambda: list(ids_of_users(source, table, known.meta["settings"]["codes"], "cpu"))) for _ in "123"]
+    codes = known.meta["settings"]["codes"]
+    taken = [seconds(lambda: list(ids_of_users(source, table, codes, "cpu"))) for _ in range(3)]
     return {"shop": source.name, "users": len(source.users), "rows": len(source.user), "texts": len(source.texts),
             "em_s": round(min(taken), 3)}
 
