@@ -251,31 +251,30 @@ def perplexity(ids, k: int) -> float:
 # ---------------------------------------------------------------------------------- measurements and directions
 
 class Evidence(NamedTuple):
-    """What R rows tell, in any kind of value: row r tells texts text[indptr[r]:indptr[r + 1]] (CSR)."""
-    indptr: Tensor         # [R + 1] int64
+    """What R rows tell, in any kind of value: row r tells text[indptr[told[r]]:indptr[told[r] + 1]].
+
+    Many rows tell the same: V distinct lists of texts, as a CSR, which each row names by its number.
+    """
+    told: Tensor           # [R] int64 in 0 … V − 1
+    indptr: Tensor         # [V + 1] int64
     text: Tensor           # [nnz] int64, rows of `value`
     value: Tensor          # [T, D] fp32, for example the gradient of each distinct text
     weight: Tensor         # [T] fp32 ≥ 0, how much a text says: its value tokens, or 1
 
 
 def sum_texts(indptr: Tensor, text: Tensor, value: Tensor) -> Tensor:
-    """Σ of value [T, q] over each row's texts → [R, q] in value's dtype (fp32 is up to ten times as fast as fp64)."""
+    """Σ of value [T, q] over each list of a CSR → [V, q] in value's dtype (fp32 is up to ten times as fast as fp64)."""
     if not len(text):
         return value.new_zeros(len(indptr) - 1, value.shape[1])
     return F.embedding_bag(text, value, indptr[:-1], mode="sum")
 
 
-def group_texts(indptr: Tensor, text: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The texts of all rows of each group: CSR (indptr [groups + 1], text [nnz]); group [R] int64 in 0 … groups − 1.
-
-    Within a group, texts stay in the order of the rows.
-    """
-    order = group.argsort(stable=True)
-    size = indptr.diff()[order]                                        # (R,)
+def take_lists(indptr: Tensor, text: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """The CSR of the lists number which[0], which[1], …: indptr [len(which) + 1], text [nnz]."""
+    size = indptr.diff()[which]
     end = torch.cat([size.new_zeros(1), size.cumsum(0)])
-    shift = (indptr[:-1][order] - end[:-1]).repeat_interleave(size)    # (nnz,) from the new place to the old
-    first = torch.searchsorted(group[order], torch.arange(groups + 1, device=group.device))
-    return end[first], text[torch.arange(len(shift), device=shift.device) + shift]
+    shift = (indptr[which] - end[:-1]).repeat_interleave(size)         # (nnz,) from the new place to the old
+    return end, text[torch.arange(len(shift), device=shift.device) + shift]
 
 
 def split_halves(user: Tensor, item: Tensor) -> Tensor:
@@ -420,50 +419,55 @@ def fit_codes(book: Codebook, z: Tensor, n: Tensor, k: int, seed: int = 0, witho
 
 @torch.no_grad()
 def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16,
-                 most_users: int = 8192, most_rows: int = 32_768, seed: int = 0, without: str = "",
-                 half: Tensor | None = None) -> tuple[Codebook, Tensor, Tensor]:
+                 most_users: int = 8192, most_rows: int = 32_768, seed: int = 0,
+                 without: str = "") -> tuple[Codebook, Tensor, Tensor]:
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
     number of users with evidence. directions: at most so many. most_users: directions are found on the first so many
-    users with two halves, prior and codes on four times as many, noise on the users of the first most_rows rows (users
-    must come in no meaningful order). without: "signal" (principal components instead of the directions that halves
-    agree in), "em" (no shrinking) or "kmeans" (VQ instead).
-    half: split_halves(user, item), where several profiles share it.
+    users with two halves, noise, prior and codes on four times as many users with evidence, and what directions hold
+    against noise on the users of the first most_rows rows (users must come in no meaningful order). without: "signal"
+    (principal components instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
-    indptr, text, value, weight = evidence
-    half = split_halves(user, item) if half is None else half
-    halves = group_texts(indptr, text, 2 * user + half, 2 * users)     # CSR by (user, half)
-    n_half = sum_texts(*halves, weight[:, None].float()).reshape(users, 2).double()
-    n = n_half.sum(1)
-    if not (n > 0).any():
+    told, indptr, text, value, weight = evidence
+    begin = torch.searchsorted(user, torch.arange(users + 1, device=user.device))            # each user's rows
+    listed = sum_texts(indptr, text, weight[:, None].float())          # (V, 1) weight of each list
+    n = sum_texts(begin, told, listed)[:, 0].double()
+    some = (n > 0).nonzero().flatten()[:4 * most_users]
+    if not len(some):
         raise ValueError("no user has evidence of this profile: there is nothing to make a codebook of")
-    counts = torch.bincount(text, minlength=len(value)).double()
+    times = torch.bincount(told, minlength=len(listed)).repeat_interleave(indptr.diff())
+    counts = torch.zeros(len(value), dtype=torch.float64, device=value.device).index_add_(0, text, times.double())
     mean = (counts @ value.double()) / (counts @ weight.double())                            # (D,)
     centred = value.double() - weight.double()[:, None] * mean                               # (T, D)
 
+    rows, halves = int(begin[some[-1] + 1]), 2 * int(some[-1] + 1)     # those of these users, and their halves
+    half = 2 * user[:rows] + split_halves(user[:rows], item[:rows])
+    order = half.argsort(stable=True)
+    half, ordered = torch.searchsorted(half[order], torch.arange(halves + 1, device=user.device)), told[order]
+    n_half = sum_texts(half, ordered, listed).reshape(-1, 2).double()
     paired = (n_half > 0).all(1).nonzero().flatten()
     if without != "signal" and len(paired) >= 2:
-        some = paired[:most_users]
-        first = halves[0][:2 * int(some[-1]) + 3]                      # CSR of the users up to the last of them
-        sums = sum_texts(first, halves[1][:first[-1]], centred.float()).reshape(-1, 2, centred.shape[1])[some]
-        last = torch.maximum(user[min(most_rows, len(user)) - 1], paired[0])                 # somebody has two rows
-        rows = int(torch.searchsorted(user, last, right=True))         # whole users
-        pointer, told = indptr[:rows + 1], text[:indptr[rows]]
-        apart = noise_within_users(sum_texts(pointer, told, centred.float()),
-                                   sum_texts(pointer, told, weight[:, None].float())[:, 0], user[:rows])
-        v, eigenvalues, chance = find_directions(sums[:, 0], n_half[some, 0], sums[:, 1], n_half[some, 1], apart,
+        first = paired[:most_users]
+        pointer = half[:2 * int(first[-1]) + 3]                        # halves of the users up to the last of them
+        end, lists = take_lists(indptr, text, ordered[:pointer[-1]])
+        sums = sum_texts(end[pointer], lists, centred.float()).reshape(-1, 2, len(mean))[first]
+        last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
+        whole = slice(int(begin[last + 1]))                            # whole users
+        lists = take_lists(indptr, text, told[whole])
+        apart = noise_within_users(sum_texts(*lists, centred.float()), listed[told[whole], 0], user[whole])
+        v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
                                                  directions)
     else:
         scaled = centred * counts.sqrt()[:, None]
         values, vectors = torch.linalg.eigh(scaled.T @ scaled / counts.sum())
         v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
-    z_half = sum_texts(*halves, (centred @ v).float()).reshape(users, 2, -1).double()        # (users, 2, q)
-    z, some = z_half.sum(1), (n > 0).nonzero().flatten()[:4 * most_users]
+    listed = sum_texts(indptr, text, (centred @ v).float())            # (V, q) coordinates of each list
+    z = sum_texts(begin, told, listed).double()
     if len(paired) >= 2:                                               # noise: how far halves differ, per weight
-        gap = z_half[paired, 0] / n_half[paired, 0, None] - z_half[paired, 1] / n_half[paired, 1, None]
-        noise = (gap.square() * (n_half[paired].prod(1) / n[paired])[:, None]).mean(0)
+        gap = sum_texts(half, ordered, listed).reshape(-1, 2, v.shape[1])[paired].double() / n_half[paired, :, None]
+        noise = ((gap[:, 0] - gap[:, 1]).square() * (n_half[paired].prod(1) / n[paired])[:, None]).mean(0)
     else:
         noise = (z[some].square() / n[some, None]).mean(0)
     noise = noise.clamp_min(1e-300)
@@ -483,14 +487,13 @@ def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
     not grow with R, and the pieces stay in a CPU's cache.
     """
     rows = rows or (32_768 if user.device.type == "cpu" else 65_536)
-    value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1).float()
+    value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1)
+    value = sum_texts(evidence.indptr, evidence.text, value.float()).double()                # (V, q + 1) of each list
     ids, sure, begin = torch.empty_like(user), torch.empty_like(user, dtype=torch.float32), 0
     small = book._replace(**{name: getattr(book, name).float() for name in ("noise", "prior", "pi", "mu", "spread")})
     while begin < len(user):
         end = int(torch.searchsorted(user, user[min(begin + rows, len(user)) - 1], right=True))
-        pointer = evidence.indptr[begin:end + 1]
-        sums = sum_texts(pointer - pointer[0], evidence.text[pointer[0]:pointer[-1]], value).double()
-        both = sums_before(sums, user[begin:end], seen[begin:end]).float()
+        both = sums_before(value[evidence.told[begin:end]], user[begin:end], seen[begin:end]).float()
         sure[begin:end], code = responsibilities(small, both[:, :-1], both[:, -1]).max(1)
         ids[begin:end] = torch.where(both[:, -1] > 0, code, -1)
         begin = end
@@ -520,17 +523,9 @@ def explained_variance(book: Codebook, z: Tensor, n: Tensor, sizes=(2, 4, 8, 16,
 
 
 def select_texts(indptr: Tensor, text: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The CSR (indptr [R + 1], text [nnz]) without the texts where keep [T] is False."""
+    """The CSR (indptr [V + 1], text [nnz]) without the texts where keep [T] is False."""
     kept = keep[text]
     return torch.cat([indptr.new_zeros(1), kept.cumsum(0)])[indptr], text[kept]
-
-
-def select_rows(indptr: Tensor, text: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The CSR (indptr [R + 1], text [nnz]) of some rows, in the order of `rows` [r] (ascending)."""
-    size = indptr.diff()
-    keep = torch.zeros_like(size, dtype=torch.bool)
-    keep[rows] = True
-    return torch.cat([indptr.new_zeros(1), size[rows].cumsum(0)]), text[keep.repeat_interleave(size)]
 
 
 def bag_of_words(texts: list[str], width: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -804,8 +799,11 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
 MEASUREMENT = {"tuning": "hidden", "causality": "reversed", "llm": "bag"}    # ablation → array in place of "gradient"
 
 
-def profile_evidence(source, table: dict, indptr: np.ndarray, text: np.ndarray, p: int, without: str) -> Evidence:
-    """What the rows tell of profile p: gradients of the text table, or what the ablation `without` has instead."""
+def profile_evidence(source, table: dict, lists, p: int, without: str) -> Evidence:
+    """What the rows tell of profile p: gradients of the text table, or what the ablation `without` has instead.
+
+    lists: (told, indptr, text) of `data.row_texts`.
+    """
     profile = list(source.layout["profiles"])[p]
     views = torch.tensor([without == "views" or profile in source.layout["kinds"][kind]["view"]
                           for kind, _ in source.texts])
@@ -816,8 +814,8 @@ def profile_evidence(source, table: dict, indptr: np.ndarray, text: np.ndarray, 
         value = torch.from_numpy(np.array(table["hidden"]))
     else:
         value = torch.from_numpy(np.array(table[measurement][:, p]))
-    told = select_texts(torch.from_numpy(indptr), torch.from_numpy(text).long(), views & (weight > 0))
-    return Evidence(*told, value, weight)
+    told, indptr, text = (torch.from_numpy(array).long() for array in lists)
+    return Evidence(told, *select_texts(indptr, text, views & (weight > 0)), value, weight)
 
 
 class Profiles(NamedTuple):
@@ -942,15 +940,17 @@ def command_cards(args) -> None:
     if not (who >= 0).any():
         raise ValueError(f"{args.profiles} and {args.data} have no user in common")
     train = source.part == 0
-    indptr, text = data.row_texts(source, train, profiles.meta["settings"].get("kinds"))
-    told = np.repeat(np.where(train, who, -1), np.diff(indptr))        # (nnz,) row of the profiles that tells the text
+    told, *texts = data.row_texts(source, train, profiles.meta["settings"].get("kinds"))
+    rows = np.flatnonzero(train & (who >= 0))
+    place, text = data.take_lists(*texts, told[rows])
+    told = who[rows][place]                                            # (nnz,) row of the profiles that tells the text
     cell = lambda words: " ".join(str(words).split()).replace("|", "\\|")
     priced = train & np.isfinite(source.price) & (who >= 0)
     lines = []
     for p, name in enumerate(profiles.names):
         ids, k = profiles.ids[:, p], len(profiles.books[p].pi)
         views = np.array([name in source.layout["kinds"][kind]["view"] for kind, _ in source.texts])
-        mine = (told >= 0) & views[text] & (ids[told] >= 0)
+        mine = views[text] & (ids[told] >= 0)
         counts = np.bincount(ids[told[mine]] * len(views) + text[mine], minlength=k * len(views)).reshape(k, len(views))
         used = counts.sum(0) > 0
         words = [value for (_, value), there in zip(source.texts, used) if there]

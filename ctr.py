@@ -288,7 +288,7 @@ def interval(values) -> tuple[float, float]:
 try:
     import data
     from codebook import (MEASUREMENT, Evidence, code_sizes, fit_codebook, hash_users, profile_evidence, read_profiles,
-                          read_table, ids_before, select_rows)
+                          read_table, ids_before)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -366,8 +366,8 @@ def make_fold(source, protocol: str, label: str, fold: int) -> Fold:
 
 def row_evidence(value: np.ndarray, known: np.ndarray | None = None) -> Evidence:
     """Evidence whose rows tell one value each, [R, D], of weight 1; rows that are not known [R] tell nothing."""
-    known = np.ones(len(value), bool) if known is None else known
-    return Evidence(torch.from_numpy(np.append(0, known.cumsum())), torch.from_numpy(np.flatnonzero(known)),
+    known, row = np.ones(len(value), bool) if known is None else known, torch.arange(len(value))
+    return Evidence(row, torch.from_numpy(np.append(0, known.cumsum())), torch.from_numpy(np.flatnonzero(known)),
                     torch.from_numpy(value.astype(np.float32)), torch.ones(len(value)))
 
 
@@ -379,14 +379,15 @@ def plain_statistics(source, train: np.ndarray) -> list[Evidence]:
     columns, found = [f for f, name in enumerate(source.fields) if f > 1 and name != "price"], []
     if columns:
         first = np.cumsum([0] + [int(source.items[:, f - 1].max()) for f in columns])        # values, from 1
-        text = source.x[:, columns]
-        text = np.where(text > 0, text + first[:-1], 0)                # (R, attributes)
-        count = np.bincount(text[train].ravel(), minlength=first[-1] + 1)[1:]
+        text = source.items[:, np.array(columns) - 1]
+        text = np.where(text > 0, text + first[:-1], 0)                # (I + 1, attributes)
+        count = np.bincount(text[source.x[train, 1]].ravel(), minlength=first[-1] + 1)[1:]
         top = np.argsort(-count, kind="stable")[:min(512, max(1, (count > 0).sum()))] + 1  # those of training rows
         value = np.zeros((first[-1] + 1, len(top)), np.float32)
         value[top, np.arange(len(top))] = 1
-        found.append(Evidence(torch.arange(len(text) + 1) * len(columns), torch.from_numpy(text.reshape(-1)).long(),
-                              torch.from_numpy(value), torch.full((len(value),), 1 / len(columns))))
+        found.append(Evidence(torch.from_numpy(source.x[:, 1]).long(), torch.arange(len(text) + 1) * len(columns),
+                              torch.from_numpy(text.reshape(-1)).long(), torch.from_numpy(value),
+                              torch.full((len(value),), 1 / len(columns))))
     found.append(row_evidence(source.rating[:, None]))
     priced = np.isfinite(source.price)
     if (priced & train).any():
@@ -409,9 +410,8 @@ def ids_as_of_rows(source, fold: Fold, evidence: Evidence, k: int, args) -> tupl
     """
     train = torch.from_numpy(np.flatnonzero(fold.part == 0))
     user, item = torch.from_numpy(source.user).long(), torch.from_numpy(source.x[:, 1]).long()
-    indptr, text = select_rows(evidence.indptr, evidence.text, train)
-    book, *_ = fit_codebook(evidence._replace(indptr=indptr, text=text), user[train], item[train], len(source.users), k,
-                            directions=args.directions, seed=0, without=args.without)
+    book, *_ = fit_codebook(evidence._replace(told=evidence.told[train]), user[train], item[train], len(source.users),
+                            k, directions=args.directions, seed=0, without=args.without)
     seen = torch.from_numpy(fold.seen)
     if args.without == "time":                                         # ablation: a training row sees all training rows
         seen = torch.bincount(user[train], minlength=len(source.users))[user]
@@ -432,9 +432,9 @@ class Features:
             return [(rating_gap(self.source, train), max(self.sizes))]
         if name == "stats":
             return list(zip(plain_statistics(self.source, train), itertools.cycle(self.sizes)))
-        indptr, text = data.row_texts(self.source, train, self.args.kinds)
+        lists = data.row_texts(self.source, train, self.args.kinds)
         without = ABLATIONS.get(name, self.args.without)
-        found = [(profile_evidence(self.source, self.table, indptr, text, p, without), self.sizes[p])
+        found = [(profile_evidence(self.source, self.table, lists, p, without), self.sizes[p])
                  for p, profile in enumerate(profiles) if name not in profiles or name == profile]
         return [one for one in found if len(one[0].text)] or found     # --kinds may leave a profile without a text
 

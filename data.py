@@ -926,18 +926,21 @@ def encode_catalogue(attributes: list[dict], prices: list[int]) -> tuple[list[st
 def verdicts(item: np.ndarray, rating: np.ndarray, train: np.ndarray) -> np.ndarray:
     """How a rating compares with those that the item got in training: int8 [R], an index into VERDICTS (ours).
 
-    item [R] of any sortable type; rating float [R]; train bool [R]. The item's mean over the training rows is shrunk
-    towards the global one by five ratings; an unknown item counts as an average one. Steps at ±0.4 and ±1.25 stars.
+    item [R] codes ≥ 0; rating float [R]; train bool [R]. The item's mean over the training rows is shrunk towards the
+    global one by five ratings; an unknown item counts as an average one. Steps at ±0.4 and ±1.25 stars.
     """
     if not train.any():
         raise ValueError("verdicts: there is no training row")
-    item, rating = np.unique(item, return_inverse=True)[1], rating.astype(np.float64)
-    mean, n = rating[train].mean(), item.max() + 1
-    gap = np.bincount(item[train], rating[train] - mean, n) / (np.bincount(item[train], minlength=n) + 5)
-    return np.digitize(rating - mean - gap[item], (-1.25, -0.4, 0.4, 1.25)).astype(np.int8)
+    rating, of, n = rating.astype(np.float64), item[train], item.max() + 1
+    excess = rating[train] - rating[train].mean()
+    gap = np.bincount(of, excess, n) / (np.bincount(of, minlength=n) + 5)
+    return np.digitize(rating - rating[train].mean() - gap[item], (-1.25, -0.4, 0.4, 1.25)).astype(np.int8)
 
 
 # --------------------------------------------------------------------------------------------------- evidence texts
+
+OF_ONE_ROW = ("person", "feature", "review")               # kinds whose texts do not depend on the row's item alone
+
 
 def take_lists(indptr: np.ndarray, values: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lists number index[0], index[1], … of a CSR, concatenated. -> position in index and value of each entry."""
@@ -1080,27 +1083,39 @@ def read_data(folder) -> Data:
                 texts=texts, **evidence, verdicts=verdict, layout=meta["layout"], meta=meta)
 
 
-def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np.ndarray]:
-    """The texts that each row tells, verdicts included: (indptr int64 [R+1], text int32 [nnz]), in the layout's order.
+def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The texts that each row tells, verdicts included: row r tells text[indptr[told[r]]:indptr[told[r] + 1]].
 
+    → told int64 [R], and the distinct lists of texts as a CSR, indptr int64 [V+1], text int32 [nnz], each in the
+    layout's order. Rows of one item, equally liked and with one verdict, tell the same: lists are far fewer than rows.
     train: bool [R], the rows that items' mean ratings are taken over. kinds: only these (default: all).
     ValueError: a kind that the layout lacks.
     """
-    known = list(data.layout["kinds"])
+    known, R = list(data.layout["kinds"]), len(data.user)
     wanted = known if kinds is None else list(kinds)
     if unknown := [kind for kind in wanted if kind not in known]:
         raise ValueError(f"{data.name} has no texts of kind {', '.join(unknown)}: it has {', '.join(known)}")
     number = {kind: place for place, kind in enumerate(known)}
     kind_of = np.array([number[kind] for kind, _ in data.texts], np.int64)      # [T]
-    row = np.repeat(np.arange(len(data.user)), np.diff(data.indptr))
-    keep = np.isin(kind_of, [number[kind] for kind in wanted])[data.text]
-    row, text = row[keep], data.text[keep]
-    if "verdict" in wanted and len(data.verdicts):
-        told = data.verdicts[verdicts(data.x[:, 1], data.rating, train)]
-        row, text = np.concatenate([row, np.arange(len(told))]), np.concatenate([text, told])
+    item, liked, verdict = data.x[:, 1].astype(np.int64), data.rating > 3, 0
+    if told_verdicts := "verdict" in wanted and len(data.verdicts) > 0:
+        verdict = verdicts(item, data.rating, train)
+    key = (2 * item + liked) * len(VERDICTS) + verdict                          # of all that a list depends on …
+    alone = np.isin(kind_of, [number[kind] for kind in OF_ONE_ROW if kind in wanted])[data.text]
+    if alone.any():                                                             # … unless a text is the row's alone
+        rows = np.unique(np.repeat(np.arange(R), np.diff(data.indptr))[alone])
+        key[rows] = key.max() + 1 + np.arange(len(rows))
+    first = np.full(key.max(initial=-1) + 1, R)
+    first[key[::-1]] = np.arange(R)[::-1]                                       # of several rows the first remains
+    first, told = first[first < R], (np.cumsum(first < R) - 1)[key]
+    row, text = take_lists(data.indptr, data.text, first)
+    keep = np.isin(kind_of, [number[kind] for kind in wanted])[text]
+    row, text = row[keep], text[keep]
+    if told_verdicts:
+        row, text = np.append(row, np.arange(len(first))), np.append(text, data.verdicts[verdict[first]])
         order = np.argsort(row * len(known) + kind_of[text], kind="stable")
         row, text = row[order], text[order]
-    return csr_of_pairs(row, text, len(data.user))
+    return told, *csr_of_pairs(row, text, len(first))
 
 
 def read_truth(folder) -> dict[str, np.ndarray] | None:

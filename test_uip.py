@@ -207,7 +207,7 @@ def test_price_words_are_terciles_of_the_catalogue_within_the_category():
 
 def test_verdicts_by_hand():
     """Item a has 5, 5, 5, 1 and b 1, 1 in training: mean 3; a's gap is (2+2+2−2)/9 = .444, b's −4/7 = −.571."""
-    item = np.array(list("aaaabb" + "aaabx"))
+    item = np.array([1, 1, 1, 1, 2, 2, 1, 1, 1, 2, 4])
     rating = np.array([5, 5, 5, 1, 1, 1, 5, 4, 3, 1, 3], np.float32)
     train = np.arange(11) < 6
     found = data.verdicts(item, rating, train)
@@ -241,9 +241,11 @@ def tiny_dataset():
                         user_texts={"u": ["old", "kind"], "v": []}, truth={"hobby": np.array([7, 3])})
 
 
-def told(rows, csr):
-    indptr, text = csr
-    return [[rows.texts[t][1] for t in text[a:b]] for a, b in itertools.pairwise(indptr)]
+def told(rows, lists):
+    """The texts of each row, of (indptr, text) by row or (told, indptr, text) of `row_texts`."""
+    *told, indptr, text = lists
+    texts = [[rows.texts[t][1] for t in text[a:b]] for a, b in itertools.pairwise(indptr)]
+    return [texts[which] for which in told[0]] if told else texts
 
 
 def test_a_folder_by_hand(tmp_path, capsys):
@@ -1180,7 +1182,8 @@ def planted_evidence(users=1200, d=14, q=2, seed=0, signal=1.0):
     noise = rng.normal(size=(R, q)) @ B.T * 0.5 ** 0.5 + rng.normal(size=(R, d - q)) @ rest.T * 2
     value = weight[:, None] * (common + theta[user] @ B.T) + weight[:, None] ** 0.5 * noise
     item = torch.arange(R)                                             # nobody shares an item
-    evidence = Evidence(torch.arange(R + 1), torch.arange(R), torch.from_numpy(value.astype(np.float32)),
+    row = torch.arange(R)
+    evidence = Evidence(row, torch.arange(R + 1), row, torch.from_numpy(value.astype(np.float32)),
                         torch.from_numpy(weight))
     truth = {"B": B, "common": common, "theta": theta, "code": code}
     return evidence, torch.from_numpy(user), item, {name: torch.from_numpy(array) for name, array in truth.items()}
@@ -1212,6 +1215,25 @@ def test_fit_codebook_recovers_subspace_mixture_and_codes():
     assert torch.allclose(book.mean, (evidence.value.double().sum(0) / evidence.weight.double().sum()))
 
 
+def test_rows_that_tell_the_same_list_are_as_rows_with_lists_of_their_own():
+    """Half the users repeat the other half's rows; lists have none to three texts, and each row its own copy of them."""
+    evidence, user, item, _ = planted_evidence(users=150, seed=5)
+    size = torch.randint(0, 4, (len(user),), generator=seeded(5))
+    lists = torch.cat([torch.zeros(1).long(), size.cumsum(0)]), torch.randint(len(user), (int(size.sum()),))
+    shared = Evidence(torch.cat([evidence.told, evidence.told]), *lists, evidence.value, evidence.weight)
+    own = shared._replace(told=torch.arange(2 * len(user)), text=torch.cat([lists[1]] * 2),
+                          indptr=torch.cat([lists[0], lists[0][1:] + lists[0][-1]]))
+    rows = torch.cat([user, user + 150]), torch.cat([item, item])
+    (a, *found), (b, *wanted) = (codebook.fit_codebook(one, *rows, 300, 3) for one in (shared, own))
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(found, wanted))
+    assert torch.allclose(a.directions, b.directions, atol=1e-6) and torch.allclose(a.noise, b.noise, rtol=1e-5)
+    ids = [codebook.ids_before(a, one, rows[0], torch.ones_like(rows[0]))[0] for one in (shared, own)]
+    assert torch.equal(*ids) and (ids[0] >= 0).any() and (ids[0] < 0).any()
+    taken = codebook.take_lists(*lists, torch.tensor([5, 0, 5]))
+    assert [one.tolist() for one in torch.split(taken[1], taken[0].diff().tolist())] == [
+        lists[1][lists[0][i]:lists[0][i + 1]].tolist() for i in (5, 0, 5)]
+
+
 def test_noise_is_what_differs_within_users():
     """By hand: user 0 has rows 1 and 3 of weight 1 around its mean 2; user 2 has rows of weights 1 and 3 whose means
     per unit are 0 and 4 around 3; user 1 has one row, and a row of weight 0 tells nothing."""
@@ -1238,7 +1260,7 @@ def test_noise_is_found_where_those_with_two_rows_come_last():
     evidence, user, item, _ = planted_evidence(users=60)
     many = torch.cat([torch.arange(100), user + 100])                  # 100 users of one row each, in front
     front = lambda column: torch.cat([column[:100], column])
-    evidence = evidence._replace(indptr=torch.arange(len(many) + 1), text=front(torch.arange(len(user))))
+    evidence = evidence._replace(told=front(evidence.told))
     book, z, _ = codebook.fit_codebook(evidence, many, torch.arange(len(many)), 160, 3, most_rows=50)
     assert book.directions.isfinite().all() and z.isfinite().all()
 
@@ -1269,7 +1291,8 @@ def test_an_item_bought_twice_is_no_evidence_of_the_user():
     rng = np.random.default_rng(0)
     user = torch.arange(300).repeat_interleave(8)
     item = torch.from_numpy(np.stack([rng.choice(50, 4, replace=False).repeat(2) for _ in range(300)]).ravel())
-    evidence = Evidence(torch.arange(2401), item, torch.randn(50, 10, generator=seeded(0)) * 3, torch.ones(50))
+    text = torch.arange(50)
+    evidence = Evidence(item, torch.arange(51), text, torch.randn(50, 10, generator=seeded(0)) * 3, torch.ones(50))
     book, _, _ = codebook.fit_codebook(evidence, user, item, 300, 3)
     assert no_direction(book.eigenvalues, book.chance, book.directions)
     torn, _, _ = codebook.fit_codebook(evidence, user, torch.arange(2400), 300, 3)           # each row its own item
@@ -1367,14 +1390,13 @@ def test_fit_codebook_edges():
     with pytest.raises(ValueError, match="no user has evidence"):
         codebook.fit_codebook(silent, user, item, 20, 3)
     one = torch.tensor([user.tolist().index(u) for u in user.unique().tolist()])             # nobody has two halves
-    indptr, text = codebook.select_rows(evidence.indptr, evidence.text, one)
-    book, z, _ = codebook.fit_codebook(evidence._replace(indptr=indptr, text=text), user[one], item[one], 20, 3)
+    book, z, _ = codebook.fit_codebook(evidence._replace(told=evidence.told[one]), user[one], item[one], 20, 3)
     assert len(book.pi) == 3 and z.isfinite().all() and book.mu.isfinite().all() and book.noise.gt(0).all()
 
 
 def test_equal_users_get_equal_ids():
     evidence, user, item, _ = planted_evidence(users=100, seed=4)
-    twice = evidence._replace(indptr=torch.arange(2 * len(user) + 1), text=torch.cat([evidence.text, evidence.text]))
+    twice = evidence._replace(told=torch.cat([evidence.told, evidence.told]))
     book, z, n = codebook.fit_codebook(twice, torch.cat([user, user + 100]), torch.cat([item, item]), 200, 5)
     ids = codebook.responsibilities(book, z, n).argmax(1)
     assert torch.equal(ids[:100], ids[100:]) and book.pi.tolist() == sorted(book.pi.tolist(), reverse=True)
@@ -1592,10 +1614,11 @@ def test_table_round_trip_and_evidence_of_a_profile(tmp_path):
     table, _ = codebook.read_table(tmp_path / "table")
     assert np.array_equal(table["gradient"], gradient) and np.array_equal(table["tokens"], tokens)
     for p, kind in enumerate(("title", "brand")):
-        evidence = codebook.profile_evidence(source, table, *data.row_texts(source, source.part == 0), p, "")
-        told = [[source.texts[t] for t in evidence.text[a:b]] for a, b in zip(evidence.indptr, evidence.indptr[1:])]
-        assert len(told) == 24 and all(one[0] == kind for row in told for one in row)
-        assert told[1] == ([] if p == 0 else [("brand", "Kid")]) and len(told[0]) == 1
+        evidence = codebook.profile_evidence(source, table, data.row_texts(source, source.part == 0), p, "")
+        lists = [[source.texts[t] for t in evidence.text[a:b]] for a, b in itertools.pairwise(evidence.indptr)]
+        rows = [lists[which] for which in evidence.told]
+        assert len(rows) == 24 and all(one[0] == kind for row in rows for one in row)
+        assert rows[1] == ([] if p == 0 else [("brand", "Kid")]) and len(rows[0]) == 1
         assert np.array_equal(evidence.value, gradient[:, p])
     (tmp_path / "table/tokens.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="tokens.npy is not the one"):
@@ -2064,8 +2087,8 @@ class Planted:
         """Evidence of profile p, a row each text; user and item of the rows; number of users: what `fit` asks for."""
         told = [[self.texts.index(text) for text in user if text[0] == ("title", "price")[p]] for user in self.users]
         text, table = torch.tensor(told).flatten(), uip.score_texts(self.lm, self.layout, self.texts)
-        rows = torch.arange(len(text))
-        return (Evidence(torch.arange(len(text) + 1), text, table.gradient[:, p], table.tokens),
+        rows, T = torch.arange(len(text)), len(self.texts)
+        return (Evidence(text, torch.arange(T + 1), torch.arange(T), table.gradient[:, p], table.tokens),
                 rows // len(told[0]), rows % 97, len(told))
 
     def score(self, prompt, p=0):
@@ -2110,7 +2133,7 @@ def test_exact_m_step_has_the_gradient_of_the_weighted_likelihood(m):
     prompts = torch.nn.Parameter(torch.randn(2, m * 32, generator=seeded(2)) * 0.3)
     before = prompts.detach().clone()
     gradient = torch.stack([shop.score(prompt)[1] for prompt in before])
-    pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, torch.arange(0, 19, 3), evidence.text)
+    pi = uip.m_step(torch.optim.SGD([prompts], lr=0.5), prompts, gradient, r, torch.arange(0, 19, 3), evidence.told)
     users = [[text for text in user if text[0] == "title"] for user in shop.users]
     batch = uip.collate(uip.pack(users, shop.layout), shop.layout, dtype=torch.float64)
     for k in range(2):
@@ -2124,7 +2147,7 @@ def test_exact_m_step_has_the_gradient_of_the_weighted_likelihood(m):
 def assert_consistent(found, score, evidence, users):
     """Responsibilities and F are the E-step's at the prompts and π returned (each user has 8 rows)."""
     value = torch.stack([score(prompt)[0] for prompt in found.prompts], 1)
-    r, F = uip.e_step(value, found.book.pi, torch.arange(0, 8 * users + 1, 8), evidence.text)
+    r, F = uip.e_step(value, found.book.pi, torch.arange(0, 8 * users + 1, 8), evidence.told)
     assert torch.allclose(r, found.r, atol=1e-6) and F == pytest.approx(found.F[-1], rel=1e-6)
 
 
@@ -2142,7 +2165,7 @@ def test_exact_rounds_start_one_step_from_theta0_towards_each_codes_own_users():
     r, seen = uip.fit(evidence, user, *rest, 4).r[user], []            # (rows, K)
     score = lambda x: seen.append(x.clone()) or (50 + evidence.value @ x, evidence.value)
     uip.fit(evidence, user, *rest, 4, rounds=1, lr=0.02, score=score, start=torch.zeros(32), log=seen.append)
-    nll = evidence.value[evidence.text] @ torch.stack(seen[:4], 1)     # (rows, K), without the 50
+    nll = evidence.value[evidence.told] @ torch.stack(seen[:4], 1)     # (rows, K), without the 50
     assert ((r * nll).sum(0) / r.sum(0) < nll.mean(0)).all()
     assert_close(torch.stack(seen[:4]).norm(dim=1), torch.full((4,), 0.02 * 32 ** 0.5))      # as long as one of Adam
 
@@ -2972,7 +2995,7 @@ def test_statistics_by_hand():
     source = tiny_source([0, 0, 0, 1, 1], [1, 3, 4, 4, 5], [0, 0, 0, 0, 2], [5, 4, 3, 2, 1],
                          [math.e, np.nan, 1, np.nan, 7])
     taste, rating, price = ctr.plain_statistics(source, source.part == 0)
-    rows = lambda evidence, value: codebook.sum_texts(evidence.indptr, evidence.text, value).tolist()
+    rows = lambda evidence, value: codebook.sum_texts(evidence.indptr, evidence.text, value)[evidence.told].tolist()
     # category 2 is the most frequent; 3 never trained
     assert rows(taste, taste.value) == [[0, 1], [1, 0], [1, 0], [1, 0], [0, 0]]
     assert rows(rating, rating.value) == [[5], [4], [3], [2], [1]]
@@ -3002,8 +3025,8 @@ def test_ids_of_rows_equal_brute_force_sums_of_their_past(shop_folder, monkeypat
             for row in np.random.default_rng(0).permutation(len(source.user))[:60]:
                 past = (source.user == source.user[row]) & (np.arange(len(source.user)) < row)
                 past &= (source.part == 0) | (protocol == "new")
-                texts = [t for r in np.flatnonzero(past)
-                         for t in evidence.text[evidence.indptr[r]:evidence.indptr[r + 1]].tolist()]
+                texts = [t for which in evidence.told[past]
+                         for t in evidence.text[evidence.indptr[which]:evidence.indptr[which + 1]].tolist()]
                 z = book.project(evidence.value[texts], evidence.weight[texts]).sum(0, keepdim=True)
                 n = evidence.weight[texts].double().sum().reshape(1)
                 assert ids[row, column] == (1 + int(codebook.responsibilities(book, z, n).argmax()) if texts else 0)

@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from codebook import Codebook, Evidence, fit_codebook, kmeans, perplexity, responsibilities, sum_texts
+from codebook import Codebook, Evidence, fit_codebook, kmeans, perplexity, responsibilities, sum_texts, take_lists
 
 
 # --------------------------------------------------------------------------------------------------- layout
@@ -447,7 +447,7 @@ class Fitted(NamedTuple):
 
 def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, directions: int = 16, seed: int = 0,
         without: str = "", rounds: int = 0, lr: float = 0.02, score=None, start: Tensor | None = None,
-        half: Tensor | None = None, log=print) -> Fitted:
+        log=print) -> Fitted:
     """EM for one profile (paper, inference and quantisation modules).
 
     evidence: texts of R rows with their gradients as values and value tokens as weights; user, item: [R], sorted by
@@ -455,12 +455,12 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
     which score(prompt [m·d]) gives (nll [T], gradient [T, m·d]) of all texts, and start [m·d] is θ⁰. A step that
     would lower F is taken back and halved.
     """
-    book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without,
-                              half=half)
+    book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without)
     r = responsibilities(book, z, n)
     if not rounds:
         return Fitted(book, r, z, n, [], None)
-    indptr, text = evidence.indptr[torch.searchsorted(user, torch.arange(users + 1))], evidence.text
+    indptr, text = take_lists(evidence.indptr, evidence.text, evidence.told)
+    indptr = indptr[torch.searchsorted(user, torch.arange(users + 1))]                       # each user's texts
     mean = torch.stack([
         (r[n > 0, j] @ sum_texts(indptr, text, evidence.value).double()[n > 0]) / (r[n > 0, j] @ n[n > 0])
         for j in range(len(book.pi))])                                 # (K, m·d) gradient of a code's users, per token
@@ -684,7 +684,7 @@ def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Ten
 try:
     import data
     from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, file_hash, profile_evidence,
-                          read_profiles, read_table, select_rows, split_halves, write_profiles, write_table)
+                          read_profiles, read_table, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -857,15 +857,13 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
     return read_table(folder)[0]
 
 
-def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The training rows [r], and the texts that they tell as a CSR: indptr [r + 1], text [nnz]."""
+def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, tuple]:
+    """The training rows [r], and what they tell: told [r], indptr, text, as of `data.row_texts`."""
     train = source.part == 0
-    rows = np.flatnonzero(train)
-    texts = map(torch.from_numpy, data.row_texts(source, train, kinds))
-    indptr, text = select_rows(*texts, torch.from_numpy(rows))
-    if not len(text):
+    told, indptr, text = data.row_texts(source, train, kinds)
+    if not np.diff(indptr)[told[train]].any():
         raise ValueError(f"no training row of {source.name} tells a text, so there is nothing to infer IDs from")
-    return rows, indptr.numpy(), text.numpy()
+    return np.flatnonzero(train), (told[train], indptr, text)
 
 
 def command_fit(args) -> None:
@@ -878,11 +876,11 @@ def command_fit(args) -> None:
     names = list(source.layout["profiles"])
     if len(args.codes) != len(names):
         raise data.CommandError(2, f"--codes: {len(args.codes)} numbers for {len(names)} profiles, {', '.join(names)}")
-    rows, indptr, text = training_texts(source, args.kinds)
+    rows, lists = training_texts(source, args.kinds)
     user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
     model = lm_when_needed(args, args.without)
     if args.exact_users:
-        ids, probability, books = exact_users(args, model, source, indptr, text, user, out)
+        ids, probability, books = exact_users(args, model, source, lists, user, out)
     else:
         table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts,
                            in_table(args.without))
@@ -890,13 +888,13 @@ def command_fit(args) -> None:
         return
     trace = {}
     if not args.exact_users:
-        fitted, half = [], split_halves(user, item)
+        fitted = []
         for p, (name, k) in enumerate(zip(names, args.codes)):
-            evidence = profile_evidence(source, table, indptr, text, p, args.without)
+            evidence = profile_evidence(source, table, lists, p, args.without)
             score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
             start = shared_prompt(model()[0], args.tokens).flatten() if args.exact_rounds else None
             found = fit(evidence, user, item, len(source.users), k, directions=args.directions, seed=args.seed,
-                        without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start, half=half)
+                        without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start)
             fitted.append(found)
             trace[name] = report_fit(name, found, args.guide)
         ids, probability = most_probable([one.r for one in fitted], [one.n for one in fitted])
@@ -949,7 +947,7 @@ def prompt_scorer(args, model, source, evidence: Evidence, p: int):
     """
     lm, tokenizer = model()
     layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
-    used = torch.unique(evidence.text)
+    used = torch.unique(take_lists(evidence.indptr, evidence.text, evidence.told)[1])
     theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
     bar = tqdm(desc="exact rounds", total=len(used) * args.codes[p] * (args.exact_rounds + 1), unit="text", delay=2)
 
@@ -964,8 +962,10 @@ def prompt_scorer(args, model, source, evidence: Evidence, p: int):
     return score
 
 
-def exact_users(args, model, source, indptr: np.ndarray, text: np.ndarray, user: Tensor, out: Path):
+def exact_users(args, model, source, lists, user: Tensor, out: Path):
     """IDs by per-user prompt tuning and k-means, the reference for small sets: ids and probability [N, P], books."""
+    told, *texts = (torch.from_numpy(array).long() for array in lists)
+    indptr, text = (array.numpy() for array in take_lists(*texts, told))
     lm, tokenizer = model()
     layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
     N, P = len(source.users), len(layout.names)
@@ -1023,7 +1023,7 @@ def command_infer(args) -> None:
                          "their codebook")
     args.tokens, without = settings["tokens"], settings["without"]
     args.reversed = without == "causality"
-    rows, indptr, text = training_texts(source, settings["kinds"])
+    rows, lists = training_texts(source, settings["kinds"])
     known = given / profiles.meta["table"]
     table, about = read_table(known)
     needed = table_identity(args, source.layout, [], in_table(without))
@@ -1042,12 +1042,13 @@ def command_infer(args) -> None:
         return
     rows_of_texts = [row_of[text] for text in source.texts]
     table = {name: array[rows_of_texts] for name, array in table.items()}
-    by_user = indptr[np.searchsorted(source.user[rows], np.arange(len(source.users) + 1))]
+    begin = torch.from_numpy(np.searchsorted(source.user[rows], np.arange(len(source.users) + 1)))
     total, r = [], []
     for p, book in enumerate(profiles.books):
-        evidence = profile_evidence(source, table, by_user, text, p, without)
-        n = sum_texts(evidence.indptr, evidence.text, evidence.weight.double()[:, None])[:, 0]
-        z = sum_texts(evidence.indptr, evidence.text, book.project(evidence.value, evidence.weight))
+        told, indptr, text, value, weight = profile_evidence(source, table, lists, p, without)
+        n, z = (sum_texts(begin, told, sum_texts(indptr, text, of_text))
+                for of_text in (weight.double()[:, None], book.project(value, weight)))
+        n = n[:, 0]
         r.append(responsibilities(book, z, n))
         total.append(n)
     if not any(n.any() for n in total):

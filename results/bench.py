@@ -35,7 +35,7 @@ import codebook
 import ctr
 import data
 import uip
-from codebook import Bank, assign, fit_codebook, kmeans, profile_evidence, responsibilities, select_rows
+from codebook import Bank, assign, fit_codebook, kmeans, profile_evidence, responsibilities
 
 
 def seconds(call, device: str | torch.device = "cpu", clock=time.perf_counter) -> float:
@@ -87,15 +87,12 @@ def ids_of_users(source, table: dict, codes, device: str, stage=lambda name, cal
     train = source.part == 0
     to = lambda array: torch.from_numpy(array).long().to(device)
     rows, user, item = to(np.flatnonzero(train)), to(source.user), to(source.x[:, 1])
-    indptr, text = stage("evidence", lambda: data.row_texts(source, train))
-    half = stage("fit_codebook", lambda: codebook.split_halves(user[rows], item[rows]))
+    lists = stage("evidence", lambda: data.row_texts(source, train))
     for p, k in enumerate(codes):
         evidence = stage("evidence", lambda: codebook.Evidence(*(
-            tensor.to(device) for tensor in profile_evidence(source, table, indptr, text, p, ""))))
-        own = stage("evidence", lambda: select_rows(evidence.indptr, evidence.text, rows))
-        own = evidence._replace(indptr=own[0], text=own[1])
+            tensor.to(device) for tensor in profile_evidence(source, table, lists, p, ""))))
         book, z, n = stage("fit_codebook", lambda: fit_codebook(
-            own, user[rows], item[rows], len(source.users), k, half=half))
+            evidence._replace(told=evidence.told[rows]), user[rows], item[rows], len(source.users), k))
         yield evidence, book, z, n, stage("IDs of users", lambda: responsibilities(book, z, n))
 
 
