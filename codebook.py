@@ -70,12 +70,14 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
     """
     shift = centroids.double().mean(0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
     c, ids, distances = (centroids - shift).float(), [], []
-    half = 0.5 * c.square().sum(1)                                     # (K,)
-    for part in x.split(chunk or rows_per_chunk(x)):
-        part = (part - shift).float()                                  # (n, d)
-        ids.append(nearest(part, c, half))
-        part -= c[ids[-1]]
-        distances.append(torch.linalg.vector_norm(part, dim=1).square())
+    half, rows = 0.5 * c.square().sum(1), chunk or rows_per_chunk(x)                         # (K,)
+    moved, near = torch.empty(2, min(rows, len(x)), x.shape[1], device=x.device)             # new memory is slow
+    for part in x.split(rows):
+        moved, near = moved[:len(part)], near[:len(part)]              # (n, d)
+        moved.copy_(part - shift) if x.dtype == torch.float64 else torch.sub(part, shift, out=moved)
+        ids.append(nearest(moved, c, half))
+        moved -= torch.index_select(c, 0, ids[-1], out=near)
+        distances.append(torch.linalg.vector_norm(moved, dim=1).square())
     return torch.cat(ids), torch.cat(distances)
 
 
