@@ -271,12 +271,12 @@ case ${1:-demo} in
     shop demo "--seed 0" "--codes 4,3" $ALL $MODELS
     "$PY" ctr.py table "$RESULTS/demo"
     if [ "$DEVICE" != cpu ] && "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-      echo "A CUDA device is here: next comes \`full\` ($SETS). Its times are in results/README.md, Cost."
-      echo "Ctrl-C stops it, and the same command resumes."
+      "$PY" results/report.py forecast --profiles runs/demo/profiles
+      echo "A CUDA device is here: next comes \`full\` ($SETS). Ctrl-C stops it, and the same command resumes."
       every_set
     else
       echo "Real data: bash reproduce.sh small (MovieLens-100K), bash reproduce.sh full (Amazon)."
-      echo "How long the LLM takes for Amazon on a CPU like ours: results/README.md, Cost."
+      "$PY" results/report.py forecast --profiles runs/demo/profiles
     fi ;;
   small)
     [ -z "$REVIEWS" ] || fail 2 "REVIEWS=$REVIEWS: MovieLens-100K has no reviews; unset it, or take \`full\`"

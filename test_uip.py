@@ -3459,6 +3459,28 @@ def test_imports_run_downwards():
         assert all(floors[other] < floor for other in used(commands))
 
 
+def test_forecast_scales_the_benchs_minutes_and_counts_the_epochs_of_the_records(tmp_path):
+    bench, table = tmp_path / "results/bench", tmp_path / "profiles/table"
+    for folder in (bench, table, tmp_path / "results/amazon14-Office_Products-new-liked"):
+        folder.mkdir(parents=True)
+    copy_kit(tmp_path)
+    command = [sys.executable, "results/report.py", "forecast", "--profiles", "profiles"]
+    run = lambda: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert run() == ""                                                 # a copy without the bench's figures
+    data.write_json(bench / "em.json", {"ms_per_text": 50, "estimates": {
+        name: {"minutes": minutes} for name, minutes in (("Video_Games", 10), ("Clothing", 20), ("Movies_and_TV", 40))}})
+    data.write_json(bench / "ctr.json", {"rows_per_s": 231_780})
+    data.write_json(table / "meta.json", {"seconds": 0.3})
+    data.write_text(table / "texts.jsonl", "[]\n[]\n[]\n")            # 100 ms a text: twice the bench's
+    data.write_text(tmp_path / "results/amazon14-Office_Products-new-liked/runs.jsonl",
+                    "".join(json.dumps(run_line(0, seed, "none", 0.5, epochs_run=epochs)) + "\n"
+                            for seed, epochs in enumerate((3000, 4200))))                    # 7,200 in all
+    lines = run().splitlines()
+    assert [line.split(": ")[0].strip() for line in lines[1:]] == ["Video_Games", "Clothing", "Movies_and_TV"]
+    assert [re.findall(r"([\d.]+) (?:min|hour)", line) for line in lines[1:]] == [
+        ["20.0", "2.0"], ["40.0", "2.4"], ["80.0", "14.6"]]
+
+
 def test_pages_are_made_from_the_records_byte_for_byte(tmp_path):
     """Every figure of results/*.md and of the README's blocks comes out of the records again."""
     copy = shutil.copytree(HERE / "results", tmp_path / "results").parent

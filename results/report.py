@@ -4,6 +4,7 @@
     python results/report.py score   --profiles DIR --data DIR --out results/NAME  IDs against the planted groups
     python results/report.py meaning --profiles DIR --data DIR --out results/NAME  what IDs tell of known attributes
     python results/report.py summary --results results/demo --profiles DIR --seconds FILE    the demo's summary.json
+    python results/report.py forecast --profiles DIR                               how long `reproduce.sh full` takes
 
 Records: NAME/{runs.jsonl, meta.json} of ctr.py run, NAME/{score, data, guide, meaning, summary}.json of this program,
 NAME/cards.md of codebook.py cards, bench/*.json of bench.py. NAME is a data set, or DATASET-PROTOCOL-LABEL; behind it
@@ -149,6 +150,25 @@ def command_summary(args) -> None:
     data.write_json(folder / "summary.json", {
         **{key: score[key] for key in ("lm", "ari", "ari_sparse", "perplexity", "users", "unsure")}, "F": total,
         "F_by_profile": history, "auc": scores, "seconds": data.read_json(args.seconds)})
+
+
+REVIEWS = {"Video_Games": 231_780, "Clothing": 278_677, "Movies_and_TV": 1_697_533}          # rows of the 2014 5-cores
+
+
+def command_forecast(args) -> None:
+    """What `reproduce.sh full` would take: the LLM by the demo's text table here, click models by our records."""
+    if not (ROOT / "bench/em.json").exists():                          # a copy of the kit without its figures
+        return
+    table, em = data.read_json(Path(args.profiles, "table/meta.json"), "seconds"), data.read_json(ROOT / "bench/em.json")
+    with open(Path(args.profiles, "table/texts.jsonl"), encoding="utf-8") as lines:
+        slower = 1000 * table["seconds"] / sum(1 for _ in lines) / em["ms_per_text"]         # than the bench's machine
+    speed = data.read_json(ROOT / "bench/ctr.json")["rows_per_s"]
+    epochs = sum(run["epochs_run"] for folder in ROOT.glob("amazon14-Office_Products-*") for run in read_runs(folder))
+    print("What `full` would take, estimated from the demo's text table here, and from the epochs of our records of "
+          "Office_Products at the speed of our CPU:")
+    for name, rows in REVIEWS.items():
+        minutes, hours = slower * em["estimates"][name]["minutes"], epochs * rows / speed / 3600
+        print(f"  {name}: text table of the LLM {minutes:.1f} minutes, all tables of click models {hours:.1f} hours")
 
 
 # --------------------------------------------------------------------------------------------- tables and charts
@@ -519,7 +539,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--readme", default=str(ROOT.parent / "README.md"), help="page with blocks to fill")
     commands, folders = parser.add_subparsers(metavar="COMMAND"), ("profiles", "data", "out")
     for name, run, flags in (("score", command_score, folders), ("meaning", command_meaning, folders),
-                             ("summary", command_summary, ("results", "profiles", "seconds"))):
+                             ("summary", command_summary, ("results", "profiles", "seconds")),
+                             ("forecast", command_forecast, ("profiles",))):
         sub = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
         for flag in flags:
