@@ -271,6 +271,13 @@ def sum_texts(indptr: Tensor, text: Tensor, value: Tensor) -> Tensor:
     return F.embedding_bag(text, value, indptr[:-1], mode="sum")
 
 
+def times_told(evidence: Evidence) -> Tensor:
+    """How often the rows tell each text: [T] int64."""
+    times = torch.bincount(evidence.told, minlength=len(evidence.indptr) - 1)                # (V,) of each list
+    count = torch.zeros(len(evidence.value), dtype=times.dtype, device=times.device)
+    return count.index_add_(0, evidence.text, times.repeat_interleave(evidence.indptr.diff()))
+
+
 def take_lists(indptr: Tensor, text: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     """The CSR of the lists number which[0], which[1], …: indptr [len(which) + 1], text [nnz]."""
     size = indptr.diff()[which]
@@ -294,6 +301,16 @@ def split_halves(user: Tensor, item: Tensor) -> Tensor:
     half = torch.empty_like(pairs, dtype=torch.bool)
     half[order] = turn % 2 == 1
     return half[pair]
+
+
+def rows_by_half(user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each user's halves (see split_halves): order[pointer[2 u + h]:pointer[2 u + h + 1]] for half h of u.
+
+    user, item: [R] int64, rows sorted by user, the last row's user the largest, N − 1 → pointer [2 N + 1], order [R].
+    """
+    half = 2 * user + split_halves(user, item)
+    order = half.argsort(stable=True)
+    return torch.searchsorted(half[order], torch.arange(2 * int(user[-1]) + 3, device=user.device)), order
 
 
 def noise_within_users(rows: Tensor, weight: Tensor, user: Tensor) -> Tensor:
@@ -426,49 +443,48 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
-    number of users with evidence. directions: at most so many. most_users: directions are found on the first so many
-    users with two halves, noise, prior and codes on four times as many users with evidence, and what directions hold
-    against noise on the users of the first most_rows rows (users must come in no meaningful order). without: "signal"
-    (principal components instead of the directions that halves agree in), "em" (no shrinking) or "kmeans" (VQ instead).
+    number of users with evidence. directions: at most so many. Not everybody is needed to learn: directions are found
+    on the first most_users users with two halves, the noise that they are held against on the users of the first
+    most_rows rows, and prior, codes and their noise on 4 · most_users users with evidence. Users must come in no
+    meaningful order. without: "signal" (principal components instead of the directions that halves agree in), "em" (no
+    shrinking) or "kmeans" (VQ instead).
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
     told, indptr, text, value, weight = evidence
     begin = torch.searchsorted(user, torch.arange(users + 1, device=user.device))            # each user's rows
-    listed = sum_texts(indptr, text, weight[:, None].float())          # (V, 1) weight of each list
-    n = sum_texts(begin, told, listed)[:, 0].double()
+    list_weight = sum_texts(indptr, text, weight[:, None].float())     # (V, 1)
+    n = sum_texts(begin, told, list_weight)[:, 0].double()
     some = (n > 0).nonzero().flatten()[:4 * most_users]
     if not len(some):
         raise ValueError("no user has evidence of this profile: there is nothing to make a codebook of")
-    times = torch.bincount(told, minlength=len(listed)).repeat_interleave(indptr.diff())
-    counts = torch.zeros(len(value), dtype=torch.float64, device=value.device).index_add_(0, text, times.double())
-    mean = (counts @ value.double()) / (counts @ weight.double())                            # (D,)
-    centred = value.double() - weight.double()[:, None] * mean                               # (T, D)
+    times = times_told(evidence).double()                             # (T,)
+    mean = (times @ value.double()) / (times @ weight.double())        # (D,)
+    centred = value.double() - weight.double()[:, None] * mean         # (T, D)
 
-    rows, halves = int(begin[some[-1] + 1]), 2 * int(some[-1] + 1)     # those of these users, and their halves
-    half = 2 * user[:rows] + split_halves(user[:rows], item[:rows])
-    order = half.argsort(stable=True)
-    half, ordered = torch.searchsorted(half[order], torch.arange(halves + 1, device=user.device)), told[order]
-    n_half = sum_texts(half, ordered, listed).reshape(-1, 2).double()
+    rows = int(begin[some[-1] + 1])                                    # of these users
+    half, order = rows_by_half(user[:rows], item[:rows])
+    told_half = told[order]
+    n_half = sum_texts(half, told_half, list_weight).reshape(-1, 2).double()
     paired = (n_half > 0).all(1).nonzero().flatten()
-    if without != "signal" and len(paired) >= 2:
+    if without == "signal" or len(paired) < 2:                         # principal components
+        scaled = centred * times.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled / times.sum())
+        v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
+    else:
         first = paired[:most_users]
         pointer = half[:2 * int(first[-1]) + 3]                        # halves of the users up to the last of them
-        end, lists = take_lists(indptr, text, ordered[:pointer[-1]])
-        sums = sum_texts(end[pointer], lists, centred.float()).reshape(-1, 2, len(mean))[first]
+        end, texts = take_lists(indptr, text, told_half[:pointer[-1]])
+        sums = sum_texts(end[pointer], texts, centred.float()).reshape(-1, 2, len(mean))[first]
         last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
-        whole = slice(int(begin[last + 1]))                            # whole users
-        lists = take_lists(indptr, text, told[whole])
-        apart = noise_within_users(sum_texts(*lists, centred.float()), listed[told[whole], 0], user[whole])
+        few = told[:begin[last + 1]]                                   # rows of whole users
+        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), centred.float()), list_weight[few, 0],
+                                   user[:len(few)])
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
                                                  directions)
-    else:
-        scaled = centred * counts.sqrt()[:, None]
-        values, vectors = torch.linalg.eigh(scaled.T @ scaled / counts.sum())
-        v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
-    listed = sum_texts(indptr, text, (centred @ v).float())            # (V, q) coordinates of each list
-    z = sum_texts(begin, told, listed).double()
+    list_z = sum_texts(indptr, text, (centred @ v).float())            # (V, q)
+    z = sum_texts(begin, told, list_z).double()
     if len(paired) >= 2:                                               # noise: how far halves differ, per weight
-        gap = sum_texts(half, ordered, listed).reshape(-1, 2, v.shape[1])[paired].double() / n_half[paired, :, None]
+        gap = sum_texts(half, told_half, list_z).reshape(-1, 2, v.shape[1])[paired].double() / n_half[paired, :, None]
         noise = ((gap[:, 0] - gap[:, 1]).square() * (n_half[paired].prod(1) / n[paired])[:, None]).mean(0)
     else:
         noise = (z[some].square() / n[some, None]).mean(0)
