@@ -1216,7 +1216,7 @@ def test_fit_codebook_recovers_subspace_mixture_and_codes():
 
 
 def test_rows_that_tell_the_same_list_are_as_rows_with_lists_of_their_own():
-    """Half the users repeat the other half's rows; lists have none to three texts, and each row its own copy of them."""
+    """Half the users repeat the other half's rows; lists have none to three texts; then each row has its own."""
     evidence, user, item, _ = planted_evidence(users=150, seed=5)
     size = torch.randint(0, 4, (len(user),), generator=seeded(5))
     lists = torch.cat([torch.zeros(1).long(), size.cumsum(0)]), torch.randint(len(user), (int(size.sum()),))
@@ -3467,8 +3467,9 @@ def test_forecast_scales_the_benchs_minutes_and_counts_the_epochs_of_the_records
     command = [sys.executable, "results/report.py", "forecast", "--profiles", "profiles"]
     run = lambda: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert run() == ""                                                 # a copy without the bench's figures
-    data.write_json(bench / "em.json", {"ms_per_text": 50, "estimates": {
-        name: {"minutes": minutes} for name, minutes in (("Video_Games", 10), ("Clothing", 20), ("Movies_and_TV", 40))}})
+    minutes = {"Video_Games": 10, "Clothing": 20, "Movies_and_TV": 40}
+    data.write_json(bench / "em.json", {
+        "ms_per_text": 50, "estimates": {name: {"minutes": each} for name, each in minutes.items()}})
     data.write_json(bench / "ctr.json", {"rows_per_s": 231_780})
     data.write_json(table / "meta.json", {"seconds": 0.3})
     data.write_text(table / "texts.jsonl", "[]\n[]\n[]\n")            # 100 ms a text: twice the bench's

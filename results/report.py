@@ -159,8 +159,9 @@ def command_forecast(args) -> None:
     """What `reproduce.sh full` would take: the LLM by the demo's text table here, click models by our records."""
     if not (ROOT / "bench/em.json").exists():                          # a copy of the kit without its figures
         return
-    table, em = data.read_json(Path(args.profiles, "table/meta.json"), "seconds"), data.read_json(ROOT / "bench/em.json")
-    with open(Path(args.profiles, "table/texts.jsonl"), encoding="utf-8") as lines:
+    folder, em = Path(args.profiles, "table"), data.read_json(ROOT / "bench/em.json")
+    table = data.read_json(folder / "meta.json", "seconds")
+    with open(folder / "texts.jsonl", encoding="utf-8") as lines:
         slower = 1000 * table["seconds"] / sum(1 for _ in lines) / em["ms_per_text"]         # than the bench's machine
     speed = data.read_json(ROOT / "bench/ctr.json")["rows_per_s"]
     epochs = sum(run["epochs_run"] for folder in ROOT.glob("amazon14-Office_Products-*") for run in read_runs(folder))
