@@ -300,6 +300,26 @@ def test_row_texts_by_hand(tmp_path):
         data.row_texts(rows, rows.part == 0, ["title", "brand", "colour"])
 
 
+def test_row_texts_are_the_rows_own_texts_and_its_verdict(tmp_path):
+    """Rows share lists: by item, by liked or not, by verdict, unless a review or a person's text is the row's alone."""
+    shop = data.planted(seed=4, users=300)
+    reviews = np.array([f"review {r % 7}" if r % 5 == 0 else None for r in range(len(shop.user))], object)
+    people = {user: [f"from {user[-1]}"] for user in shop.users.tolist()}
+    data.write_data(tmp_path, "shop", shop._replace(row_texts={"review": reviews}, user_texts=people, attributes=[
+        {**item, "tags": [item["category"], "b"], "colour": None} for item in shop.attributes]), SHOP_LAYOUT, reviews=3)
+    rows = data.read_data(tmp_path)
+    train, order = rows.part == 0, list(rows.layout["kinds"])
+    verdict = rows.verdicts[data.verdicts(rows.x[:, 1], rows.rating, train)]
+    liked = set(zip(rows.x[:, 1].tolist(), (rows.rating > 3).tolist()))
+    assert len(liked) > len(np.unique(rows.x[:, 1]))                   # some items are liked by one, disliked by another
+    for kinds in (None, ["title", "likes"], ["dislikes", "verdict"], ["review", "person", "price"]):
+        place = lambda t: order.index(rows.texts[t][0])
+        want = [[*rows.text[a:b].tolist(), int(v)] for (a, b), v in zip(itertools.pairwise(rows.indptr), verdict)]
+        want = [sorted((t for t in row if kinds is None or rows.texts[t][0] in kinds), key=place) for row in want]
+        assert told(rows, data.row_texts(rows, train, kinds)) == [[rows.texts[t][1] for t in row] for row in want]
+    assert len(np.unique(data.row_texts(rows, train, ["title"])[0])) <= 2 * 240 * 5 < len(rows.user)
+
+
 @pytest.mark.parametrize("layout", ["planted", "amazon", "ml-100k"])
 def test_editing_held_rows_changes_no_text_no_catalogue_and_no_other_row(layout, tmp_path):
     shop = data.sort_dataset(data.planted(seed=3, users=60))
@@ -1216,22 +1236,25 @@ def test_fit_codebook_recovers_subspace_mixture_and_codes():
 
 
 def test_rows_that_tell_the_same_list_are_as_rows_with_lists_of_their_own():
-    """Half the users repeat the other half's rows; lists have none to three texts; then each row has its own."""
+    """Lists of none to three texts, told by no row, one or several; then each row has a copy of its own."""
     evidence, user, item, _ = planted_evidence(users=150, seed=5)
-    size = torch.randint(0, 4, (len(user),), generator=seeded(5))
-    lists = torch.cat([torch.zeros(1).long(), size.cumsum(0)]), torch.randint(len(user), (int(size.sum()),))
-    shared = Evidence(torch.cat([evidence.told, evidence.told]), *lists, evidence.value, evidence.weight)
-    own = shared._replace(told=torch.arange(2 * len(user)), text=torch.cat([lists[1]] * 2),
-                          indptr=torch.cat([lists[0], lists[0][1:] + lists[0][-1]]))
-    rows = torch.cat([user, user + 150]), torch.cat([item, item])
-    (a, *found), (b, *wanted) = (codebook.fit_codebook(one, *rows, 300, 3) for one in (shared, own))
+    draw = lambda most, n: torch.randint(most, (n,), generator=seeded(most))
+    size, told = draw(4, 300), draw(300, len(user))
+    pointer, text = torch.cat([torch.zeros(1).long(), size.cumsum(0)]), draw(len(user), int(size.sum()))
+    lists = [text[a:b] for a, b in itertools.pairwise(pointer.tolist())]
+    copied = [lists[which] for which in told]
+    taken = codebook.take_lists(pointer, text, told)
+    assert torch.equal(taken[0].diff(), torch.tensor([len(one) for one in copied]))
+    assert torch.equal(taken[1], torch.cat(copied))
+    shared = Evidence(told, pointer, text, evidence.value, evidence.weight)
+    own = Evidence(torch.arange(len(user)), *taken, evidence.value, evidence.weight)
+    assert torch.equal(codebook.times_told(shared), torch.cat(copied).bincount(minlength=len(user)))
+    (a, *found), (b, *wanted) = (codebook.fit_codebook(one, user, item, 150, 3) for one in (shared, own))
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(found, wanted))
-    assert torch.allclose(a.directions, b.directions, atol=1e-6) and torch.allclose(a.noise, b.noise, rtol=1e-5)
-    ids = [codebook.ids_before(a, one, rows[0], torch.ones_like(rows[0]))[0] for one in (shared, own)]
+    assert torch.allclose(a.mean, b.mean) and torch.allclose(a.noise, b.noise, rtol=1e-5)
+    assert torch.allclose(a.directions, b.directions, atol=1e-6)
+    ids = [codebook.ids_before(a, one, user, torch.ones_like(user))[0] for one in (shared, own)]
     assert torch.equal(*ids) and (ids[0] >= 0).any() and (ids[0] < 0).any()
-    taken = codebook.take_lists(*lists, torch.tensor([5, 0, 5]))
-    assert [one.tolist() for one in torch.split(taken[1], taken[0].diff().tolist())] == [
-        lists[1][lists[0][i]:lists[0][i + 1]].tolist() for i in (5, 0, 5)]
 
 
 def test_noise_is_what_differs_within_users():
