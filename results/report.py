@@ -6,7 +6,7 @@
     python results/report.py summary --results results/demo --profiles DIR --seconds FILE    the demo's summary.json
     python results/report.py forecast --profiles DIR                               how long `reproduce.sh full` takes
 
-Records: NAME/{runs.jsonl, meta.json} of ctr.py run, NAME/{score, data, guide, meaning, summary}.json of this program,
+Records: NAME/{runs.jsonl, meta.json} of ctr.py run, NAME/{score, meaning, summary}.json of this program,
 NAME/cards.md of codebook.py cards, bench/*.json of bench.py. NAME is a data set, or DATASET-PROTOCOL-LABEL; behind it
 may stand -without-PART (an ablation) or -codes-K (another codebook size). Pages: README.md here, and the blocks
 <!-- SECTION --> … <!-- /SECTION --> of the README at the top.
@@ -82,7 +82,7 @@ def read_both(args):
 
 
 def command_score(args) -> None:
-    """score.json: IDs against the groups that made the data (adjusted Rand index); data.json: counts of the data."""
+    """score.json: counts of the data, and IDs against the groups that made it (adjusted Rand index)."""
     (profiles, source, row), truth, out = read_both(args), data.read_truth(args.data) or {}, Path(args.out)
     rows = np.bincount(source.user[source.part == 0], minlength=len(row))                    # training rows of a user
     groups = {"dense": (row >= 0) & (rows >= 6), "sparse": (row >= 0) & (rows < 6)}
@@ -100,13 +100,11 @@ def command_score(args) -> None:
                             for p, (name, ids, _) in enumerate(columns)},
              "users": {name: int(group.sum()) for name, group in groups.items()},
              "unsure": {name: round(float((sure[ids >= 0] < 0.5).mean()), 6) for name, ids, sure in columns}}
+    print(json.dumps(found, ensure_ascii=False))
+    found["data"] = {key: source.meta[key] for key in ("name", "seed", "kinds", "parts")}
+    found["guide"] = {name: entry["guide"] for name, entry in profiles.meta.get("trace", {}).items() if "guide" in entry}
     out.mkdir(parents=True, exist_ok=True)
     data.write_json(out / "score.json", found)
-    data.write_json(out / "data.json", {key: source.meta[key] for key in ("name", "seed", "kinds", "parts")})
-    guide = {name: entry["guide"] for name, entry in profiles.meta.get("trace", {}).items() if "guide" in entry}
-    if guide:
-        data.write_json(out / "guide.json", guide)
-    print(json.dumps(found, ensure_ascii=False))
 
 
 def command_meaning(args) -> None:
@@ -241,7 +239,7 @@ def table(head: str, rows: list[list[str]]) -> str:
 # Each section: (records, root) → Markdown, empty where nothing was recorded. Two sentences, then tables and charts.
 
 def section_data(records: list[Record], _) -> str:
-    sets = {json.dumps(one.read("data")): one for one in reversed(records) if one.read("data")}
+    sets = {json.dumps(one.read("score")["data"]): one for one in reversed(records) if one.read("score")}
     found = [(one.base, json.loads(text)) for text, one in reversed(sets.items())]
     count = "users items rows positives".split()
     rows = [[f"{base} ({one['name']})", part, *(f"{each[key]:,}" for key in count), f"{sum(one['kinds'].values()):,}"]
@@ -310,7 +308,7 @@ def section_transfer(records: list[Record], _) -> str:
 def section_codes(records: list[Record], _) -> str:
     text, gaps, charts = compare_variants(records, "codes", lambda one: one.codes)
     guides = [[one.name, profile, *(number(guide.get(str(k)), ".3f") for k in (2, 4, 8, 16, 32))]
-              for one in records for profile, guide in one.read("guide").items()]
+              for one in records for profile, guide in one.read("score").get("guide", {}).items()]
     guide = table("held-out share of variance that the codes explain|profile|2 codes|4|8|16|32", guides)
     return (text or guide) and (
         "All rows have the same text table; only the number of codes differs. The AUC with other codes, less that of "
