@@ -263,9 +263,12 @@ def section_overall(records: list[Record], _, label: str = "liked") -> str:
                      f"{against('gap')}.\n" + text)
 
 
-def compare_variants(records: list[Record], column: str, name) -> tuple[str, list, str]:
-    """Table of each data set and its variants, those where name(record); differences between them; charts."""
-    rows, gaps, charts = [], [], ""
+def compare_variants(records: list[Record], column: str, name, of_whole) -> tuple[str, list, str]:
+    """Table of each data set and its variants, those where name(record); differences between them; charts.
+
+    of_whole(record): the name of the row of the data set itself, where name(record) is None.
+    """
+    rows, gaps, charts, label = [], [], "", lambda one: name(one) or of_whole(one)
     for whole in records:
         parts = [one for one in records if one.base == whole.name and name(one)] if whole.whole else []
         for one in [whole, *parts] if parts else []:
@@ -278,14 +281,16 @@ def compare_variants(records: list[Record], column: str, name) -> tuple[str, lis
             means = [number(one.mean("userip", metric, whole.model)) for metric in ("auc", "logloss")]
             scores = one.read("score").get("ari", {}).items()
             own = ", ".join(f"{profile} {score['own']:.3f}" for profile, score in scores)
-            rows.append([whole.name, name(one) or "the whole method", *means, *map(signed, found), own])
-        values = [one.mean("userip", "auc", whole.model) for one in parts]
-        charts += chart(f"{whole.name}: AUC of userip", [name(one) for one in parts], values)
+            rows.append([whole.name, label(one), *means, *map(signed, found), own])
+        bars = sorted([whole, *parts] if len(parts) > 1 else [], key=lambda one: int(label(one)) if label(one).isdigit() else 0)
+        charts += chart(f"{whole.name}: AUC of userip", list(map(label, bars)),
+                        [one.mean("userip", "auc", whole.model) for one in bars])
     return table(f"data set|{column}|AUC|logloss|AUC − whole|logloss − whole|ARI own", rows), gaps, charts
 
 
 def section_ablation(records: list[Record], _) -> str:
-    text, gaps, charts = compare_variants(records, "method", lambda one: one.without and f"without {one.without}")
+    text, gaps, charts = compare_variants(records, "method", lambda one: one.without and f"without {one.without}",
+                                          lambda one: "the whole method")
     return text and ("All rows have the feature userip and the same model; differences are paired per fold and seed. "
                      "The AUC without a part, less that of the whole method, has an interval "
                      f"{count_sides(gaps)}.\n\n{text}{charts}")
@@ -306,7 +311,8 @@ def section_transfer(records: list[Record], _) -> str:
 
 
 def section_codes(records: list[Record], _) -> str:
-    text, gaps, charts = compare_variants(records, "codes", lambda one: one.codes)
+    text, gaps, charts = compare_variants(records, "codes", lambda one: one.codes,
+                                          lambda one: ",".join(dict.fromkeys(map(str, one.meta["codes"]))))
     guides = [[one.name, profile, *(number(guide.get(str(k)), ".3f") for k in (2, 4, 8, 16, 32))]
               for one in records for profile, guide in one.read("score").get("guide", {}).items()]
     guide = table("held-out share of variance that the codes explain|profile|2 codes|4|8|16|32", guides)
