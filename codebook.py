@@ -743,19 +743,26 @@ class Bank:
         row = find_keys(self.keys, wanted)
         return row, self.keys.take(row, mode="clip") != wanted
 
+    def rows(self, table: np.ndarray, users) -> np.ndarray:
+        """The rows of codes or sure [N, P] of these users, 0 where one is unknown: [n, P]."""
+        one = users[0] if type(users) is list and len(users) == 1 else users
+        if type(one) is str:                                           # arrays of one key would double the time
+            key = hash_user(one)
+            row = int(self.keys.searchsorted(np.uint64(key)))
+            found = row < len(self.keys) and int(self.keys[row]) == key
+            return table[row:row + 1] if found else np.zeros((1, table.shape[1]), table.dtype)
+        row, absent = self.find(users)
+        found = table.take(row, 0, mode="clip")
+        found[absent] = 0
+        return found
+
     def lookup(self, users) -> np.ndarray:
         """Codes of a user, or of n users: any iterable of ids, texts or whole numbers → int32 [n, P]; 0 = unknown."""
-        row, absent = self.find(users)
-        codes = self.codes.take(row, 0, mode="clip").astype(np.int32)
-        codes[absent] = 0
-        return codes
+        return self.rows(self.codes, users).astype(np.int32)
 
     def probability(self, users) -> np.ndarray:
         """How sure each code is, as P(code | evidence): users as in lookup → float32 [n, P]; 0 = unknown."""
-        row, absent = self.find(users)
-        sure = self.sure.take(row, 0, mode="clip") / np.float32(255)
-        sure[absent] = 0
-        return sure
+        return self.rows(self.sure, users) / np.float32(255)
 
 
 def replaced(folder: Path) -> Path:

@@ -1467,7 +1467,7 @@ def test_bank_round_trip(tmp_path, monkeypatch):
 
 
 def test_bank_takes_any_iterable_of_texts_or_whole_numbers(tmp_path):
-    """Lists up to 32 ids, up to 64, of equal lengths, and arrays of any width go different ways to one hash."""
+    """One id, lists up to 32 ids, up to 64, of equal lengths, and arrays of any width go different ways to one hash."""
     known = ["", "a", "ab", "ünï", "日本語", "x" * 33, "-7", "😀", "\ud800", "c\0d", "abc\0ef"]
     bank = Bank.build(tmp_path / "bank", known, np.arange(1, 12)[:, None])
     asked, want = [*known, "nobody", "b"], [*range(1, 12), 0, 0]
@@ -1476,6 +1476,12 @@ def test_bank_takes_any_iterable_of_texts_or_whole_numbers(tmp_path):
         assert bank.lookup(given).flatten().tolist() == want
     for some in (asked * 3, asked * 6, ["ab", "-7"]):
         assert bank.lookup(some).flatten().tolist() == [want[asked.index(one)] for one in some]
+    largest = max(map(hash_user, known))
+    unknown = next(f"n{i}" for i in range(10_000) if hash_user(f"n{i}") > largest)           # behind the last key
+    for one, code in [*zip(asked, want), (unknown, 0)]:
+        for given in (one, [one], (one,)):
+            assert bank.lookup(given).tolist() == [[code]]
+            assert bank.probability(given).tolist() == [[float(code > 0)]]
     numbers = Bank.build(tmp_path / "ints", [5, "6", 2**64], [[1], [2], [300]])
     for given in ([5, 6, 2**64, 7], ["5", 6, f"{2**64}", 7], [np.int64(5), np.int32(6), 2**64, "7"]):
         assert numbers.lookup(given).flatten().tolist() == [1, 2, 300, 0]
