@@ -311,7 +311,7 @@ def test_row_texts_are_the_rows_own_texts_and_its_verdict(tmp_path):
     train, order = rows.part == 0, list(rows.layout["kinds"])
     verdict = rows.verdicts[data.verdicts(rows.x[:, 1], rows.rating, train)]
     liked = set(zip(rows.x[:, 1].tolist(), (rows.rating > 3).tolist()))
-    assert len(liked) > len(np.unique(rows.x[:, 1]))                   # some items are liked by one, disliked by another
+    assert len(liked) > len(np.unique(rows.x[:, 1]))           # some items are liked by one and disliked by another
     for kinds in (None, ["title", "likes"], ["dislikes", "verdict"], ["review", "person", "price"]):
         place = lambda t: order.index(rows.texts[t][0])
         want = [[*rows.text[a:b].tolist(), int(v)] for (a, b), v in zip(itertools.pairwise(rows.indptr), verdict)]

@@ -102,7 +102,8 @@ def command_score(args) -> None:
              "unsure": {name: round(float((sure[ids >= 0] < 0.5).mean()), 6) for name, ids, sure in columns}}
     print(json.dumps(found, ensure_ascii=False))
     found["data"] = {key: source.meta[key] for key in ("name", "seed", "kinds", "parts")}
-    found["guide"] = {name: entry["guide"] for name, entry in profiles.meta.get("trace", {}).items() if "guide" in entry}
+    trace = profiles.meta.get("trace", {})
+    found["guide"] = {name: entry["guide"] for name, entry in trace.items() if "guide" in entry}
     out.mkdir(parents=True, exist_ok=True)
     data.write_json(out / "score.json", found)
 
@@ -282,7 +283,8 @@ def compare_variants(records: list[Record], column: str, name, of_whole) -> tupl
             scores = one.read("score").get("ari", {}).items()
             own = ", ".join(f"{profile} {score['own']:.3f}" for profile, score in scores)
             rows.append([whole.name, label(one), *means, *map(signed, found), own])
-        bars = sorted([whole, *parts] if len(parts) > 1 else [], key=lambda one: int(label(one)) if label(one).isdigit() else 0)
+        size = lambda one: int(label(one)) if label(one).isdigit() else 0
+        bars = sorted([whole, *parts] if len(parts) > 1 else [], key=size)
         charts += chart(f"{whole.name}: AUC of userip", list(map(label, bars)),
                         [one.mean("userip", "auc", whole.model) for one in bars])
     return table(f"data set|{column}|AUC|logloss|AUC − whole|logloss − whole|ARI own", rows), gaps, charts
@@ -305,9 +307,9 @@ def section_transfer(records: list[Record], _) -> str:
             for (one, model), line in zip(pairs, gaps)]
     sides = [count_sides([line[column] for line in gaps]) for column in (0, 1)]
     return rows and ("All models read the same IDs, which were made without them. The AUC of userip − none has an "
-                     f"interval {sides[0]}, that of userip − random {sides[1]}: whether a user has an ID at all tells a "
-                     "model something, too.\n\n"
-                     + table("|".join(["data set|model|AUC none|AUC userip", *(f"{a} − {b}" for a, b in against)]), rows))
+                     f"interval {sides[0]}, that of userip − random {sides[1]}: whether a user has an ID at all "
+                     "tells a model something, too.\n\n"
+                     + table("|".join(["data set|model|AUC none|AUC userip", *map(" − ".join, against)]), rows))
 
 
 def section_codes(records: list[Record], _) -> str:
