@@ -443,11 +443,11 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
-    number of users with evidence. directions: at most so many. Not everybody is needed to learn: directions are found
-    on the first most_users users with two halves, the noise that they are held against on the users of the first
-    most_rows rows, and prior, codes and their noise on 4 · most_users users with evidence. Users must come in no
-    meaningful order. without: "signal" (principal components instead of the directions that halves agree in), "em" (no
-    shrinking) or "kmeans" (VQ instead).
+    number of users with evidence. directions: at most so many. Not everybody is needed to learn: prior, codes and their
+    noise are those of 4 · most_users users with evidence, directions those of the first most_users among them with two
+    halves, and the noise that these are held against that of the users of the first most_rows rows. So users must come
+    in no meaningful order. without: "signal" (principal components instead of the directions that halves agree in),
+    "em" (no shrinking) or "kmeans" (VQ instead).
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
     told, indptr, text, value, weight = evidence
@@ -461,18 +461,20 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     mean = (times @ value.double()) / (times @ weight.double())        # (D,)
     centred = value.double() - weight.double()[:, None] * mean         # (T, D)
 
-    rows = int(begin[some[-1] + 1])                                    # of these users
-    half, order = rows_by_half(user[:rows], item[:rows])
-    told_half = told[order]
-    n_half = sum_texts(half, told_half, list_weight).reshape(-1, 2).double()
-    paired = (n_half > 0).all(1).nonzero().flatten()
+    for rows in (int(begin[some[-1] + 1]), len(user)):                 # of these users; of all if these have no halves
+        half_begin, order = rows_by_half(user[:rows], item[:rows])
+        told_half = told[order]
+        n_half = sum_texts(half_begin, told_half, list_weight).reshape(-1, 2).double()
+        paired = (n_half > 0).all(1).nonzero().flatten()
+        if len(paired) >= 2:
+            break
     if without == "signal" or len(paired) < 2:                         # principal components
         scaled = centred * times.sqrt()[:, None]
         values, vectors = torch.linalg.eigh(scaled.T @ scaled / times.sum())
         v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
     else:
         first = paired[:most_users]
-        pointer = half[:2 * int(first[-1]) + 3]                        # halves of the users up to the last of them
+        pointer = half_begin[:2 * int(first[-1]) + 3]                  # halves of the users up to the last of them
         end, texts = take_lists(indptr, text, told_half[:pointer[-1]])
         sums = sum_texts(end[pointer], texts, centred.float()).reshape(-1, 2, len(mean))[first]
         last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
@@ -484,7 +486,8 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     list_z = sum_texts(indptr, text, (centred @ v).float())            # (V, q)
     z = sum_texts(begin, told, list_z).double()
     if len(paired) >= 2:                                               # noise: how far halves differ, per weight
-        gap = sum_texts(half, told_half, list_z).reshape(-1, 2, v.shape[1])[paired].double() / n_half[paired, :, None]
+        halves = sum_texts(half_begin, told_half, list_z).reshape(-1, 2, v.shape[1])
+        gap = halves[paired].double() / n_half[paired, :, None]
         noise = ((gap[:, 0] - gap[:, 1]).square() * (n_half[paired].prod(1) / n[paired])[:, None]).mean(0)
     else:
         noise = (z[some].square() / n[some, None]).mean(0)
@@ -967,16 +970,17 @@ def command_cards(args) -> None:
     train = source.part == 0
     told, *texts = data.row_texts(source, train, profiles.meta["settings"].get("kinds"))
     rows = np.flatnonzero(train & (who >= 0))
-    place, text = data.take_lists(*texts, told[rows])
-    told = who[rows][place]                                            # (nnz,) row of the profiles that tells the text
+    place, text = data.list_entries(*texts, told[rows])
+    teller = who[rows][place]                                          # (nnz,) row of the profiles that tells the text
     cell = lambda words: " ".join(str(words).split()).replace("|", "\\|")
     priced = train & np.isfinite(source.price) & (who >= 0)
     lines = []
     for p, name in enumerate(profiles.names):
         ids, k = profiles.ids[:, p], len(profiles.books[p].pi)
         views = np.array([name in source.layout["kinds"][kind]["view"] for kind, _ in source.texts])
-        mine = views[text] & (ids[told] >= 0)
-        counts = np.bincount(ids[told[mine]] * len(views) + text[mine], minlength=k * len(views)).reshape(k, len(views))
+        mine = views[text] & (ids[teller] >= 0)
+        counts = np.bincount(ids[teller[mine]] * len(views) + text[mine], minlength=k * len(views))
+        counts = counts.reshape(k, len(views))
         used = counts.sum(0) > 0
         words = [value for (_, value), there in zip(source.texts, used) if there]
         lines += [f"### {cell(name)}", "",

@@ -939,10 +939,10 @@ def verdicts(item: np.ndarray, rating: np.ndarray, train: np.ndarray) -> np.ndar
 
 # --------------------------------------------------------------------------------------------------- evidence texts
 
-OF_ONE_ROW = ("person", "feature", "review")               # kinds whose texts do not depend on the row's item alone
+OF_ONE_ROW = ("person", "feature", "review")               # kinds whose texts are the row's, not the item's or rating's
 
 
-def take_lists(indptr: np.ndarray, values: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def list_entries(indptr: np.ndarray, values: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lists number index[0], index[1], … of a CSR, concatenated. -> position in index and value of each entry."""
     count = np.diff(indptr)[index]
     start = np.repeat(indptr[index] - (np.cumsum(count) - count), count)
@@ -970,7 +970,7 @@ def evidence_texts(data: Dataset, layout: dict, prices: list[int], reviews: int 
         elif kind == "person":
             lists = [data.user_texts.get(name, []) for name in data.users.tolist()]
             rows, owner = first, np.arange(len(first))
-        elif kind in ("feature", "review"):
+        elif kind in OF_ONE_ROW:
             texts_of = data.row_texts.get(kind, np.full(len(rows), None))
             rows = rows[np.not_equal(texts_of, None).astype(bool)]
             if kind == "review":
@@ -988,7 +988,7 @@ def evidence_texts(data: Dataset, layout: dict, prices: list[int], reviews: int 
         ids = {text: number for number, text in enumerate(distinct, len(texts))}
         texts += [(kind, text) for text in distinct]
         indptr = np.cumsum([0, *map(len, lists)])
-        place, text = take_lists(indptr, np.array([ids[text] for listed in lists for text in listed], int), owner)
+        place, text = list_entries(indptr, np.array([ids[text] for listed in lists for text in listed], int), owner)
         pairs.append((rows[place], text))
         if kind != "verdict" and not len(text) and (kind != "review" or reviews):
             print(f"data.py: warning: no row tells a {kind}: the data set has none", file=sys.stderr)
@@ -1087,7 +1087,8 @@ def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np
     """The texts that each row tells, verdicts included: row r tells text[indptr[told[r]]:indptr[told[r] + 1]].
 
     → told int64 [R], and the distinct lists of texts as a CSR, indptr int64 [V+1], text int32 [nnz], each in the
-    layout's order. Rows of one item, equally liked and with one verdict, tell the same: lists are far fewer than rows.
+    layout's order. Rows of one item, equally liked and with one verdict, tell the same, unless a text is the row's own
+    (OF_ONE_ROW): without such texts, lists are far fewer than rows.
     train: bool [R], the rows that items' mean ratings are taken over. kinds: only these (default: all).
     ValueError: a kind that the layout lacks.
     """
@@ -1108,7 +1109,7 @@ def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np
     first = np.full(key.max(initial=-1) + 1, R)
     first[key[::-1]] = np.arange(R)[::-1]                                       # of several rows the first remains
     first, told = first[first < R], (np.cumsum(first < R) - 1)[key]
-    row, text = take_lists(data.indptr, data.text, first)
+    row, text = list_entries(data.indptr, data.text, first)
     keep = np.isin(kind_of, [number[kind] for kind in wanted])[text]
     row, text = row[keep], text[keep]
     if told_verdicts:

@@ -1284,8 +1284,10 @@ def test_noise_is_found_where_those_with_two_rows_come_last():
     many = torch.cat([torch.arange(100), user + 100])                  # 100 users of one row each, in front
     front = lambda column: torch.cat([column[:100], column])
     evidence = evidence._replace(told=front(evidence.told))
-    book, z, _ = codebook.fit_codebook(evidence, many, torch.arange(len(many)), 160, 3, most_rows=50)
-    assert book.directions.isfinite().all() and z.isfinite().all()
+    for most_users in (8192, 10):                                      # of 40 users with evidence nobody has two halves
+        book, z, _ = codebook.fit_codebook(evidence, many, torch.arange(len(many)), 160, 3, most_rows=50,
+                                           most_users=most_users)
+        assert book.directions.isfinite().all() and z.isfinite().all() and book.chance > 0
 
 
 def no_direction(eigenvalues, chance, directions):
@@ -3490,7 +3492,8 @@ def test_imports_run_downwards():
 
 def test_forecast_scales_the_benchs_minutes_and_counts_the_epochs_of_the_records(tmp_path):
     bench, table = tmp_path / "results/bench", tmp_path / "profiles/table"
-    for folder in (bench, table, tmp_path / "results/amazon14-Office_Products-new-liked"):
+    records = [tmp_path / f"results/amazon14-Office_Products-new-{label}" for label in ("liked", "chosen")]
+    for folder in (bench, table, *records):
         folder.mkdir(parents=True)
     copy_kit(tmp_path)
     command = [sys.executable, "results/report.py", "forecast", "--profiles", "profiles"]
@@ -3502,13 +3505,13 @@ def test_forecast_scales_the_benchs_minutes_and_counts_the_epochs_of_the_records
     data.write_json(bench / "ctr.json", {"rows_per_s": 231_780})
     data.write_json(table / "meta.json", {"seconds": 0.3})
     data.write_text(table / "texts.jsonl", "[]\n[]\n[]\n")            # 100 ms a text: twice the bench's
-    data.write_text(tmp_path / "results/amazon14-Office_Products-new-liked/runs.jsonl",
-                    "".join(json.dumps(run_line(0, seed, "none", 0.5, epochs_run=epochs)) + "\n"
-                            for seed, epochs in enumerate((3000, 4200))))                    # 7,200 in all
+    for folder, epochs in zip(records, ((2000, 3000), (1100,))):       # 5,000 + 2 · 1,100 = 7,200
+        lines = [json.dumps(run_line(0, seed, "none", 0.5, epochs_run=one)) for seed, one in enumerate(epochs)]
+        data.write_text(folder / "runs.jsonl", "".join(f"{line}\n" for line in lines))
     lines = run().splitlines()
     assert [line.split(": ")[0].strip() for line in lines[1:]] == ["Video_Games", "Clothing", "Movies_and_TV"]
     assert [re.findall(r"([\d.]+) (?:min|hour)", line) for line in lines[1:]] == [
-        ["20.0", "2.0"], ["40.0", "2.4"], ["80.0", "14.6"]]
+        ["100.0", "2.0"], ["200.0", "2.4"], ["400.0", "14.6"]]         # five passes of the LLM
 
 
 def test_pages_are_made_from_the_records_byte_for_byte(tmp_path):
