@@ -3435,7 +3435,7 @@ def test_script_stops_what_it_started_and_keeps_a_second_run_off(tmp_path, numbe
     python.write_text("#!/bin/sh\ncase $2 in planted) echo $$ > pid; sleep 600 & wait ;; esac\n")
     python.chmod(0o755)
     settings = {"cwd": tmp_path, "env": {**os.environ, "VENV": ".venv", "LM": ""}, "stderr": subprocess.PIPE,
-                "stdout": subprocess.DEVNULL, "text": True,              # as if not started in the background or by nohup:
+                "stdout": subprocess.DEVNULL, "text": True,              # as if not in the background or by nohup:
                 "preexec_fn": lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)]}
 
     def begun():
