@@ -457,7 +457,7 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     some = (n > 0).nonzero().flatten()[:4 * most_users]
     if not len(some):
         raise ValueError("no user has evidence of this profile: there is nothing to make a codebook of")
-    times = times_told(evidence).double()                             # (T,)
+    times = times_told(evidence).double()                              # (T,)
     mean = (times @ value.double()) / (times @ weight.double())        # (D,)
     centred = value.double() - weight.double()[:, None] * mean         # (T, D)
 
