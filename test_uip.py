@@ -1832,13 +1832,15 @@ def test_pack_by_hand():
     layout = uip.Layout.build(SPEC, Words(), m=2)
     texts = [("title", "red rod"), ("price", "red"), ("review", "<eos> <pad>")]
     other, row = uip.pack([[("price", "9")], texts], layout)
-    words = ["user", "bought", "red", "rod", "paid", "red", "user", "wrote", "<eos>", "<pad>"]
-    assert row.ids == [layout.tokenizer.ids[word] for word in words] and len(other.ids) == 2
+    words = [text.split() for text in ("user bought red rod", "paid red", "user wrote <eos> <pad>")]
+    assert [text.ids for text in row] == [[layout.tokenizer.ids[word] for word in text] for text in words]
+    assert [text.lead for text in row] == [2, 1, 2] and uip.length(row) == 10 and uip.length(other) == 2
+    assert [text.view for text in row] == [(True, False), (False, True), (True, True)]
+    batch = uip.collate([other, row], layout)
     assert layout.start == 6                                           # after BOS, "the hobby is" and two soft tokens
-    assert row.positions == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
-    assert row.text == [0] * 4 + [1] * 2 + [2] * 4
-    assert row.views == [(True, False)] * 4 + [(False, True)] * 2 + [(True, True)] * 4
-    assert row.labels == [False, False, True, True, False, True, False, False, True, True]
+    assert batch.positions[1, 9:].tolist() == [6, 7, 8, 9, 6, 7, 6, 7, 8, 9]
+    assert batch.target.tolist() == [layout.tokenizer.ids[word] for word in "9 red rod red <eos> <pad>".split()]
+    assert batch.row.tolist() == [0] + [1] * 5
     with pytest.raises(ValueError, match="'colour', but the layout knows only"):
         uip.pack([[("colour", "red")]], layout)
 
@@ -1882,7 +1884,7 @@ def test_a_profile_cannot_touch_another(change):
         batch.ids[:, 1:1 + len(layout.names[0])] += 7
     after, block = uip.hidden(lm, batch, theta), layout.fixed()[1]
     assert torch.equal(before[:, :len(block)][:, block != 1], after[:, :len(block)][:, block != 1])
-    hobby, background = (torch.tensor([view[p] for view in rows[0].views]) for p in (0, 1))
+    hobby, background = (torch.tensor([text.view[p] for text in rows[0] for _ in text.ids]) for p in (0, 1))
     before, after = before[0, len(block):], after[0, len(block):]
     assert torch.equal(before[~hobby], after[~hobby])
     assert not torch.isclose(before[hobby], after[hobby]).all(-1).any() and background[~hobby].all()
@@ -1935,7 +1937,8 @@ def test_slow_tokenizers_and_those_without_bos():
     for special, bos in (({"bos_token": "!"}, 36), ({}, 1)):           # its EOS where it has no BOS
         layout = uip.Layout.build(SPEC, ByT5Tokenizer(**special))
         assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[35, 60, 35, 60], [35, 60]]
-        assert uip.pack([[("price", "12")]], layout)[0].labels[-4:] == [False, True, True, True]
+        (text,), = uip.pack([[("price", "12")]], layout)
+        assert text.ids[text.lead:] == layout.encode(["12"])[0] and len(text.ids) == text.lead + 3
     neither = ByT5Tokenizer()
     neither.eos_token = None
     with pytest.raises(ValueError, match="neither a BOS nor an EOS"):

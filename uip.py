@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -129,31 +130,27 @@ class Layout:
         return torch.tensor(ids), torch.tensor(blocks), torch.tensor(positions)
 
 
-class Row(NamedTuple):
-    """The evidence of one user, or one text, as T tokens one after the other."""
-    ids: list[int]                     # [T]
-    positions: list[int]               # [T]
-    text: list[int]                    # [T], which text the token belongs to
-    views: list[tuple[bool, ...]]      # [T][P], the profiles that the token sees
-    labels: list[bool]                 # [T], a value token: its likelihood counts
+class Text(NamedTuple):
+    """One evidence text in tokens."""
+    ids: list[int]             # the lead's, then the value's
+    lead: int                  # how many are the lead's; the likelihood of the others counts
+    view: tuple[bool, ...]     # [P], the profiles that the text sees
 
 
-def pack(users: list[list[tuple[str, str]]], layout: Layout) -> list[Row]:
+def pack(users: list[list[tuple[str, str]]], layout: Layout) -> list[list[Text]]:
     """Evidence texts [(kind, value), …] of each user → a row each. Raises ValueError for a kind the layout lacks."""
-    encoded, rows = iter(layout.encode([value for user in users for _, value in user])), []
-    for user in users:
-        row = Row([], [], [], [], [])
-        for number, (kind, _) in enumerate(user):
-            lead, view, cut = layout.kind(kind)
-            tokens = next(encoded)[:cut]
-            size = len(lead) + len(tokens)
-            row.ids.extend([*lead, *tokens])
-            row.positions.extend(range(layout.start, layout.start + size))
-            row.text.extend([number] * size)
-            row.views.extend([view] * size)
-            row.labels.extend([False] * len(lead) + [True] * len(tokens))
-        rows.append(row)
-    return rows
+    encoded = iter(layout.encode([value for user in users for _, value in user]))
+
+    def in_tokens(kind: str) -> Text:
+        lead, view, cut = layout.kind(kind)
+        return Text([*lead, *next(encoded)[:cut]], len(lead), view)
+
+    return [[in_tokens(kind) for kind, _ in user] for user in users]
+
+
+def length(row: list[Text]) -> int:
+    """T, the number of a row's tokens."""
+    return sum(len(text.ids) for text in row)
 
 
 class Batch(NamedTuple):
@@ -180,7 +177,7 @@ def visible(block: Tensor, position: Tensor, own: bool = True) -> Tensor:
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """bool [B, Q, K] → [B, 1, Q, K] to add to attention scores. (Eager attention reads a bool mask silently wrong.)"""
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def send(tensor: Tensor, device) -> Tensor:
@@ -188,24 +185,33 @@ def send(tensor: Tensor, device) -> Tensor:
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, device="cpu",
+def fetch(tensor: Tensor) -> Tensor:
+    """A tensor of another device on the CPU. Into pinned memory, a copy runs at the bus's speed."""
+    on_gpu = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor) if on_gpu else tensor
+
+
+def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, *, device="cpu",
             dtype: torch.dtype = torch.float32) -> Batch:
     """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
     ids, block, position = layout.fixed()
-    length = torch.tensor([len(row.ids) for row in rows])
-    filled = torch.arange(int(length.max())) < length[:, None]         # (B, T)
-    (B, T), F, C, P = filled.shape, len(ids), layout.cached, len(layout.names)
+    texts = [text for row in rows for text in row]
+    size, lead = torch.tensor([(len(text.ids), text.lead) for text in texts]).unbind(1)
+    view = torch.tensor([text.view for text in texts])                 # (texts, P)
+    number = torch.arange(len(texts)).repeat_interleave(size)          # of each token: its text
+    within = torch.arange(len(number)) - (size.cumsum(0) - size)[number]                     # … and its place there
+    lengths = torch.tensor([length(row) for row in rows])
+    filled = torch.arange(int(lengths.max())) < lengths[:, None]       # (B, T)
+    (B, T), F, C = filled.shape, len(ids), layout.cached
 
-    def pad(name: str, fill, *shape: int) -> Tensor:
-        padded = torch.full((B, T, *shape), fill)
-        values = list(chain.from_iterable(getattr(row, name) for row in rows))
-        padded[filled] = torch.from_numpy(np.array(values, padded.numpy().dtype).reshape(-1, *shape))
-        return padded
+    def pad(values: Tensor, fill) -> Tensor:
+        return torch.full((B, T), fill, dtype=values.dtype).masked_scatter_(filled, values)
 
-    tokens, positions, text = pad("ids", layout.bos), pad("positions", layout.start), pad("text", -1)     # (B, T)
-    views, labels = pad("views", False, P), pad("labels", False)       # (B, T, P) (B, T)
+    tokens = pad(torch.tensor(list(chain.from_iterable(text.ids for text in texts))), layout.bos)            # (B, T)
+    text, labels = pad(number, -1), pad(within >= lead[number], False)
+    positions = pad(layout.start + within, layout.start)
 
-    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), views], 2)                   # BOS is in every view
+    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), view[text]], 2)              # BOS is in every view
     sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
     sees[:, :F, :F] = visible(block, position, layout.own_names)
     sees[:, F:, :F] = view_of[:, :, block]                             # BOS, and the name+θ blocks of its view
@@ -215,10 +221,9 @@ def collate(rows: list[Row], layout: Layout, prefix: list | None = None, *, devi
     full = lambda fixed, tail: torch.cat([fixed[skip:].expand(B, -1), tail], 1)
     row, label = labels.nonzero(as_tuple=True)                         # (L,) (L,)
     predict = row * (F - skip + T) + F - skip + label - 1              # the token before predicts it: no lead is empty
-    tensors = (full(ids, tokens), full(position, positions), additive(sees[:, skip:], dtype), predict,
-               tokens[row, label], row)
-    ids, positions, mask, *rest = (send(tensor, device) for tensor in tensors)
-    return Batch(ids, positions, mask, slice(C - skip, F - skip), *rest, prefix)
+    tensors = full(ids, tokens), full(position, positions), sees[:, skip:], predict, tokens[row, label], row
+    ids, positions, sees, *rest = (send(tensor, device) for tensor in tensors)
+    return Batch(ids, positions, additive(sees, dtype), slice(C - skip, F - skip), *rest, prefix)
 
 
 # ----------------------------------------------------------------------------------------------- likelihood
@@ -241,8 +246,9 @@ def prefix(lm, layout: Layout) -> list:
     """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
     ids, block, position = (column[:layout.cached] for column in layout.fixed())
     mask = additive(visible(block, position, layout.own_names)[None], lm.dtype)
-    out = lm.base_model(input_ids=ids[None].to(lm.device), attention_mask=mask.to(lm.device),
-                        position_ids=position[None].to(lm.device), past_key_values=DynamicCache(), use_cache=True)
+    ids, position, mask = (send(tensor, lm.device) for tensor in (ids[None], position[None], mask))
+    out = lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=DynamicCache(),
+                        use_cache=True)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
@@ -348,27 +354,27 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     table = TextTable(blank(T), torch.zeros(T), blank(T, P, m * d), blank(T, d))
     for members, rows, part, seen in rows_by_view(layout, texts):
         cache, start = prefix(lm, part), theta[seen]
-        check_context(lm, rows)
-        table.tokens[members] = torch.tensor([float(sum(row.labels)) for row in rows])
+        check_context(lm, part, rows)
+        table.tokens[members] = torch.tensor([float(len(text.ids) - text.lead) for text, in rows])
 
         def run(indices: list[int]) -> None:
             batch = collate([rows[i] for i in indices], part, cache, device=lm.device, dtype=lm.dtype)
+            at = send(members[indices], lm.device)
             x = start.expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
             states = hidden(lm, batch, x)
             value = nll(lm, batch, x, states)
             grad, = torch.autograd.grad(value.sum(), x)                # (B, P of the view, m, d)
             after = states.detach().flatten(0, 1)[batch.predict + 1].float()                 # (L, d)
-            at = send(members[indices], lm.device)
             table.nll[at] = value.detach().float()
             table.hidden[at] = blank(len(indices), d).index_add(0, batch.row, after)
             for column, p in enumerate(seen):
                 table.gradient[at, p] = grad[:, column].flatten(1).float()
             tick(len(indices))
 
-        run_batches([len(row.ids) + m * len(part.names) for row in rows], budget, run)
+        run_batches([length(row) + m * len(part.names) for row in rows], budget, run)
     if not (table.nll.isfinite().all() and table.gradient.isfinite().all()):
         raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
-    return TextTable(*(column.cpu() for column in table))
+    return TextTable(*map(fetch, table))
 
 
 @torch.no_grad()
@@ -381,30 +387,30 @@ def score_reversed(lm, layout: Layout, texts: list[tuple[str, str]], *, budget: 
     table = torch.zeros(len(texts), len(layout.names), lm.get_input_embeddings().embedding_dim, device=lm.device)
     for members, rows, part, seen in rows_by_view(layout, texts):
         for name, p in zip(part.names, seen):
-            whole = [[layout.bos, *row.ids, *name] for row in rows]
+            whole = [[layout.bos, *text.ids, *name] for text, in rows]
 
             def run(indices: list[int]) -> None:                       # right-padded, so the plain causal mask will do
-                ids = [torch.tensor(whole[i]) for i in indices]
+                ids, texts = [torch.tensor(whole[i]) for i in indices], [rows[i][0] for i in indices]
                 x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
                 states = lm.base_model(input_ids=x, use_cache=False).last_hidden_state
                 last = states[torch.arange(len(ids)), torch.tensor([len(one) - 1 for one in ids])].float()
-                tokens = torch.tensor([sum(rows[i].labels) for i in indices]).to(last)
+                tokens = torch.tensor([len(text.ids) - text.lead for text in texts]).to(last)
                 table[members[indices].to(lm.device), p] = last * tokens[:, None]
                 tick(len(indices) / len(part.names))
 
             run_batches([len(ids) for ids in whole], budget, run)
-    return table.cpu()
+    return fetch(table)
 
 
-def check_context(lm, rows: list[Row]) -> None:
+def check_context(lm, layout: Layout, rows: list[list[Text]]) -> None:
     """ValueError where an evidence text with its prompt does not fit the LLM's context; only θ may train."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
-    highest, known = max((max(row.ids) for row in rows if row.ids), default=0), lm.get_input_embeddings()
+    highest, known = max((max(text.ids) for row in rows for text in row), default=0), lm.get_input_embeddings()
     if highest >= known.num_embeddings:
         raise ValueError(f"the tokenizer gives a token {highest}, but the LLM knows only {known.num_embeddings}: they "
                          "do not belong together")
-    longest = 1 + max((max(row.positions) for row in rows if row.ids), default=0)
+    longest = layout.start + max((len(text.ids) for row in rows for text in row), default=0)
     context = getattr(lm.config, "max_position_embeddings", None)
     if context and longest > context:
         raise ValueError(f"an evidence text needs {longest} tokens with its prompt, but the LLM reads {context}")
@@ -486,7 +492,7 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
     return Fitted(book._replace(pi=pi), r, z, n, history, best[0])
 
 
-def tune_users(lm, layout: Layout, rows: list[Row], theta: Tensor, *, steps: int = 3, lr: float = 0.02,
+def tune_users(lm, layout: Layout, rows: list[list[Text]], theta: Tensor, *, steps: int = 3, lr: float = 0.02,
                budget: int = 1024, tick=lambda users: None) -> tuple[Tensor, Tensor]:
     """Per-user prompt tuning, the paper's letter and our reference: `steps` of Adam on each user's own θ.
 
@@ -494,7 +500,7 @@ def tune_users(lm, layout: Layout, rows: list[Row], theta: Tensor, *, steps: int
     → (theta [B, P, m, d], nll [B]); no user's NLL is worse than at the start. The text table replaces it: the first
     gradient of a user is the sum of the user's text gradients.
     """
-    check_context(lm, rows)
+    check_context(lm, layout, rows)
     start, theta, best_nll, cache = theta, theta.clone(), torch.full((len(rows),), math.inf), prefix(lm, layout)
 
     def climb(users: list[int]) -> None:
@@ -515,7 +521,7 @@ def tune_users(lm, layout: Layout, rows: list[Row], theta: Tensor, *, steps: int
             raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
         tick(len(users))
 
-    run_batches([len(row.ids) for row in rows], budget, climb)
+    run_batches([length(row) for row in rows], budget, climb)
     return theta, best_nll
 
 
@@ -834,6 +840,7 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
         claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype}, args.restart)
     barrier()
     lm, tokenizer = model()
+    gc.freeze()                                                        # Python's collector need not visit the LLM again
     layout, began = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without), time.time()
     log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
     pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}

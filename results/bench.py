@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import gzip
 import io
 import json
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import codebook
@@ -36,6 +38,7 @@ import ctr
 import data
 import uip
 from codebook import Bank, assign, fit_codebook, kmeans, profile_evidence, responsibilities
+from report import ari
 
 
 def seconds(call, device: str | torch.device = "cpu", clock=time.perf_counter) -> float:
@@ -120,8 +123,8 @@ def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: in
     LLM in fp32; None: the naive way runs in the LLM's own type only.
     """
     budget, rows = budget or uip.auto_budget(lm), uip.pack([[text] for text in texts], layout)
-    lengths = [len(row.ids) + layout.m * sum(layout.kinds[kind][1]) for row, (kind, _) in zip(rows, texts)]
-    labels, some = [sum(row.labels) for row in rows], list(range(0, len(texts), max(1, len(texts) // naive)))
+    lengths = [uip.length(row) + layout.m * sum(row[0].view) for row in rows]
+    labels, some = [len(text.ids) - text.lead for text, in rows], range(0, len(texts), max(1, len(texts) // naive))
     theta = uip.shared_prompt(lm, layout.m).repeat(len(layout.names), 1, 1)
 
     def ours():
@@ -138,6 +141,7 @@ def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: in
             x = theta.to(model.device).expand(len(part), -1, -1, -1).contiguous().requires_grad_()
             uip.naive_nll(model, layout, part, x).sum().backward()
 
+    gc.freeze()                                                        # as uip.py fit does
     ways = {"ours": ours, "limit": limit, "naive_same_dtype": lambda: naive_way(lm)}
     if full is not None:
         ways["naive"] = lambda: naive_way(full)
@@ -173,7 +177,7 @@ def bench_em(args) -> dict:
 
 # ------------------------------------------------------------------------------------------ k-means and bank
 
-def kmeans_rivals(x: torch.Tensor, c: torch.Tensor, iters: int) -> dict:
+def kmeans_rivals(x: Tensor, c: Tensor, iters: int) -> dict:
     """The same iterations from the same start by others: {name: call}; scikit-learn and faiss where installed."""
     calls = {}
     with contextlib.suppress(ImportError):
@@ -249,7 +253,7 @@ def bench_bank(args, batch: int = 10_000) -> dict:
 SIZES = (20_000, 10_000, 16, 8)
 
 
-def random_rows(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_rows(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random rows with planted answers, an effect per value and a user × item taste: x int32 [R, 4], y [R]."""
     rng = np.random.default_rng(seed)
     x = np.stack([rng.integers(0, size, rows) for size in SIZES], 1)
@@ -259,7 +263,7 @@ def random_rows(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(x.astype(np.int32)), torch.from_numpy(y.astype(np.float32))
 
 
-def deepfm_epoch(x: torch.Tensor, y: torch.Tensor, rows: int, seed: int = 0) -> tuple[float, float]:
+def deepfm_epoch(x: Tensor, y: Tensor, rows: int, seed: int = 0) -> tuple[float, float]:
     """One epoch of DeepFM over the first `rows`, batches of 1,024: (seconds, AUC of the other rows)."""
     torch.manual_seed(seed)
     model = ctr.DeepFM(SIZES, dropout=0.0).to(x.device)
@@ -491,7 +495,7 @@ class GPU:
         tuned = seconds(lambda: tune(24), lm.device)
         each = text_speed(lm, layout, planted_texts(count)[0], budget=budget, repeat=1 if self.small else 3,
                           naive=min(count, 256))
-        return {**each, "reference_tokens_per_s": sum(len(row.ids) for row in rows) / tuned,
+        return {**each, "reference_tokens_per_s": sum(map(uip.length, rows)) / tuned,
                 "estimates": estimates(each["tokens_per_s"])}
 
     def kmeans(self) -> dict:
@@ -510,8 +514,9 @@ class GPU:
         found = {"texts": len(source.texts), "users": len(source.users)}
         for dtype in (torch.float32, torch.bfloat16):
             ids, table_s, em_s = self.ids(source, known.meta["settings"]["codes"], self.device, dtype)
-            found[str(dtype)[6:]] = {"table_s": table_s, "em_s": em_s,
-                                     "equal_to_cpu": same_ids(ids, torch.from_numpy(known.ids).T)}
+            cpu = torch.from_numpy(known.ids).T
+            found[str(dtype)[6:]] = {"table_s": table_s, "em_s": em_s, "equal_to_cpu": same_ids(ids, cpu),
+                                     "ari_to_cpu": [ari(*map(Tensor.numpy, pair)) for pair in zip(ids, cpu)]}
         return found
 
 
