@@ -417,6 +417,7 @@ GPU_FIGURES = (
     ("seconds of the text table", ".1f", lambda part: float(part["seconds"])),
     ("seconds of the text table, {dtype}", ".1f", lambda part: part["table_s"]),
     ("users with the CPU's ID, {dtype}", ".1%", lambda part: min(part["equal_to_cpu"])),
+    ("adjusted Rand index of these and the CPU's IDs, {dtype}", ".2f", lambda part: min(part["ari_to_cpu"])),
     ("users of the shop", ",", lambda part: part["users_per_s"] and part["users"]),
     ("users per second behind the table", ",.0f", lambda part: part["users_per_s"]))
 
