@@ -2797,6 +2797,19 @@ def test_unknown_values_read_row_0_and_extra_fields_leave_the_start_of_the_other
     assert model(torch.tensor([[0, 0, 0], [1, 0, 0], [0, 4, 0], [0, 0, 3]])).unique().numel() == 4
 
 
+def test_training_on_several_threads_gives_equal_bytes():
+    """Popular values get their gradient from many rows of a batch, summed in one order. (By indexing it is any.)"""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(np.minimum(rng.geometric(0.05, (4096, 8)) - 1, 39))
+    y, weights = torch.from_numpy(rng.integers(0, 2, 4096).astype(np.float32)), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = ctr.DeepFM([40] * 8)
+        ctr.train_epoch(model, ctr.optimiser(model, 0.01, 1e-5), x, y, 1024, torch.Generator().manual_seed(0))
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
 def test_xor_needs_interactions_and_the_same_seed_gives_equal_bytes():
     def score(model, seed):
         torch.manual_seed(seed)
@@ -2891,7 +2904,7 @@ def write_fake_profiles(folder, source, seed=0, lm="fake"):
     codebook.write_table(folder / "table", arrays,
                          {"identity": {"lm": lm, "seed": seed}})
     data.write_json(folder / "meta.json", {
-        "settings": {"codes": [4, 3], "without": "", "kinds": None}, "table": "table", "lm": {"name": lm},
+        "settings": {"codes": [4, 3], "directions": 16, "seed": 0, "without": "", "kinds": None}, "table": "table", "lm": {"name": lm},
         "data_sha256": source.meta["sha256"]})
 
 
@@ -2905,9 +2918,9 @@ def shop_folder(tmp_path_factory):
 
 
 def options(**how):
-    return SimpleNamespace(**{"directions": 16, "without": "", "sure": 0.0, "kinds": None, "protocol": "warm",
-                              "device": "cpu", "dim": 4,
-                              "lr": 0.01, "batch": 256, "epochs": 1, "patience": 1, "l2": 1e-5, **how})
+    return SimpleNamespace(**{"directions": 16, "codebook_seed": 0, "without": "", "sure": 0.0, "kinds": None,
+                              "protocol": "warm", "device": "cpu", "dim": 4, "lr": 0.01, "batch": 256, "epochs": 1,
+                              "patience": 1, "l2": 1e-5, **how})
 
 
 def features_of(source, table, protocol="warm", fold=0, **how):
@@ -3232,6 +3245,26 @@ def test_runs_of_other_settings_data_table_or_code_are_refused_by_name(shop_fold
     assert code == 0 and "2 runs, 0 of them from before" in text and (out / "runs.jsonl").read_bytes() != whole
 
 
+def test_codebooks_are_made_as_uip_fit_was_told_unless_ctr_is_told_otherwise(shop_folder, tmp_path, monkeypatch):
+    write_fake_profiles(tmp_path / "made", shop_folder[2])
+    made = data.read_json(tmp_path / "made" / "meta.json")
+    made["settings"] |= {"codes": [2, 2], "directions": 1, "seed": 5, "kinds": ["title"]}
+    data.write_json(tmp_path / "made" / "meta.json", made)
+    asked, honest = [], ctr.fit_codebook
+    monkeypatch.setattr(ctr, "fit_codebook", lambda *args, **how: asked.append((args[4], how)) or honest(*args, **how))
+
+    def run(profiles, *more):
+        code, _, err = call(ctr, "run", "--data", shop_folder[0], "--profiles", profiles, "--features", "userip",
+                            "--models", "lr", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "runs", "--restart", *more)
+        assert code == 0, err
+        found, asked[:] = [(k, how["directions"], how["seed"]) for k, how in asked], []
+        return found, data.read_json(tmp_path / "runs" / "meta.json")["kinds"]
+
+    assert run(tmp_path / "made") == ([(2, 1, 5)], ["title"])          # one profile has no titles
+    assert run(shop_folder[1], "--codes", "2,2", "--directions", 1, "--kinds", "title") == ([(2, 1, 0)], ["title"])
+    assert run(shop_folder[1]) == ([(4, 16, 0), (3, 16, 0)], None)
+
+
 def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     out = tmp_path / "out"
     for more, says in ((["--models", "xgboost"], "lr, fm, deepfm, dcn"), (["--features", ","], "--features"),
@@ -3389,19 +3422,27 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     saved = {path: path.read_bytes() for path in results.iterdir()}
     again = run()
     assert again.stdout.count("up to date") == 7 and {path: path.read_bytes() for path in results.iterdir()} == saved
+    broken = run(LM="./nowhere")
+    assert broken.returncode != 0 and "there is no such folder" in broken.stderr + broken.stdout
+
+
+@pytest.mark.slow
+def test_script_sees_changed_code_a_changed_llm_and_lost_results(tiny, tmp_path):
+    copy_kit(tmp_path)
+    lm, results = shutil.copytree(tiny, tmp_path / "lm"), tmp_path / "runs" / "results"
+    run = functools.partial(reproduce, tmp_path, LM="lm")
+    first = run()
+    assert first.returncode == 0, first.stdout + first.stderr
     with open(tmp_path / "ctr.py", "a") as file:
         file.write("# touched\n")
-    touched = run()
-    assert re.findall(r"\[demo/(\w+)\] (?!up to date)", touched.stdout) == ["ctr", "table"]
-    shutil.rmtree(tmp_path / "runs" / "results")                       # lost outputs are made again
+    assert re.findall(r"\[demo/(\w+)\] (?!up to date)", run().stdout) == ["ctr", "table"]
+    shutil.rmtree(results)                                             # lost outputs are made again
     weights = bytearray((lm / "model.safetensors").read_bytes())
     weights[-1] ^= 1                                                   # and a changed LLM is seen
     (lm / "model.safetensors").write_bytes(weights)
     changed = run()
-    assert changed.returncode == 0 and (results / "score.json").exists()
+    assert changed.returncode == 0 and (results / "demo" / "score.json").exists()
     assert "[demo/profiles] up to date" not in changed.stdout
-    broken = run(LM="./nowhere")
-    assert broken.returncode != 0 and "there is no such folder" in broken.stderr + broken.stdout
 
 
 def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(tmp_path):
