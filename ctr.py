@@ -516,19 +516,6 @@ def choose(text: str, valid, option: str) -> list[str]:
     return names
 
 
-def claim_results(out: Path, settings: dict, restart: bool) -> None:
-    """Refuses a folder with runs of other settings, data or code, naming what differs; --restart removes the runs."""
-    if restart:
-        (out / "runs.jsonl").unlink(missing_ok=True)
-        (out / "meta.json").unlink(missing_ok=True)
-    if (out / "runs.jsonl").exists():
-        old = data.read_json(out / "meta.json") if (out / "meta.json").exists() else {}
-        differs = [f"{key}: {old.get(key)} → {value}" for key, value in settings.items() if old.get(key) != value]
-        if differs:
-            raise data.CommandError(2, f"{out} holds runs of other settings, data or code: {'; '.join(differs)[:500]}. "
-                                       "Choose another --out, or pass --restart to remove them")
-
-
 def command_run(args) -> None:
     """Every model × feature set × fold × seed that --out does not hold yet, a line each in runs.jsonl."""
     began, out, table, made, identity = time.time(), Path(args.out), None, {}, None
@@ -577,7 +564,7 @@ def command_run(args) -> None:
         "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity,
         "code_sha256": {name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}
     with data.exclusive_lock(out / ".lock"):
-        claim_results(out, settings, args.restart)
+        data.claim(out / "meta.json", settings, list(out.glob("runs.jsonl")), args.restart)
         done = {(run["fold"], run["features"], run["model"], run["seed"]) for run in read_runs(out, cut=True)}
         wanted = list(itertools.product(folds, features, models, range(args.seeds)))
         todo = [one for one in wanted if one not in done]

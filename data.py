@@ -182,6 +182,19 @@ def read_json(path, *keys: str) -> dict:
     return value
 
 
+def claim(path: Path, settings: dict, parts: list[Path], restart: bool) -> None:
+    """CommandError 2 if parts of a run are there whose settings, in `path`, differ; --restart removes the parts."""
+    if restart:
+        for part in parts:
+            part.unlink()
+    elif parts:
+        old = read_json(path) if path.exists() else {}
+        differs = [f"{key}: {old.get(key)} → {value}" for key, value in settings.items() if old.get(key) != value]
+        if differs:
+            raise CommandError(2, f"{path.parent} holds runs of other settings, data, LLM or code ("
+                                  f"{'; '.join(differs)[:500]}). Choose another --out, or pass --restart to drop them")
+
+
 def sha256_of(path) -> str:
     """sha256 of a file."""
     sha = hashlib.sha256()

@@ -1814,8 +1814,13 @@ def test_packed_nll_is_the_sum_over_texts_alone(kind, m):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_one_view_needs_no_mask_of_ours(kind):
-    """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees."""
+def test_one_view_needs_no_mask_of_ours(kind, monkeypatch):
+    """A text seen by one profile is a plain causal sequence: the LLM's own forward, no mask given, agrees.
+
+    So does the naive way that results/bench.py measures.
+    """
+    monkeypatch.syspath_prepend(HERE / "results")
+    from bench import naive_nll
     users = [[("title", "red"), ("title", "reel")], [("title", "reel")]]
     lm, layout, _, batch, theta = case(kind, texts=users, dtype=torch.float64)
     name, want = len(layout.names[0]), torch.zeros(2)
@@ -1825,7 +1830,7 @@ def test_one_view_needs_no_mask_of_ours(kind):
         x[0, 1 + name:3 + name] = theta[u, 0].double()
         want[u] -= lm(inputs_embeds=x).logits[0].log_softmax(1)[-2, ids[-1]]
     assert uip.nll(lm, batch, theta).tolist() == pytest.approx(want.tolist(), rel=1e-6)
-    assert uip.naive_nll(lm, layout, users, theta).tolist() == pytest.approx(want.tolist(), rel=1e-6)
+    assert naive_nll(lm, layout, users, theta).tolist() == pytest.approx(want.tolist(), rel=1e-6)
 
 
 def test_pack_by_hand():
@@ -2904,8 +2909,8 @@ def write_fake_profiles(folder, source, seed=0, lm="fake"):
     codebook.write_table(folder / "table", arrays,
                          {"identity": {"lm": lm, "seed": seed}})
     data.write_json(folder / "meta.json", {
-        "settings": {"codes": [4, 3], "directions": 16, "seed": 0, "without": "", "kinds": None}, "table": "table", "lm": {"name": lm},
-        "data_sha256": source.meta["sha256"]})
+        "settings": {"codes": [4, 3], "directions": 16, "seed": 0, "without": "", "kinds": None}, "table": "table",
+        "lm": {"name": lm}, "data_sha256": source.meta["sha256"]})
 
 
 @pytest.fixture(scope="module")
@@ -3255,7 +3260,8 @@ def test_codebooks_are_made_as_uip_fit_was_told_unless_ctr_is_told_otherwise(sho
 
     def run(profiles, *more):
         code, _, err = call(ctr, "run", "--data", shop_folder[0], "--profiles", profiles, "--features", "userip",
-                            "--models", "lr", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "runs", "--restart", *more)
+                            "--models", "lr", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "runs", "--restart",
+                            *more)
         assert code == 0, err
         found, asked[:] = [(k, how["directions"], how["seed"]) for k, how in asked], []
         return found, data.read_json(tmp_path / "runs" / "meta.json")["kinds"]

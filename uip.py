@@ -228,19 +228,6 @@ def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, 
 
 # ----------------------------------------------------------------------------------------------- likelihood
 
-class Prefix(DynamicCache):
-    """The prefix's keys and values before those of the current tokens; keeps none of the latter."""
-
-    def __init__(self, layers: list):
-        super().__init__()
-        self.prefix = layers
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        k, v = self.prefix[layer]                                      # (1, h, C, e)
-        return (torch.cat([k.expand(len(keys), -1, -1, -1), keys], 2),
-                torch.cat([v.expand(len(keys), -1, -1, -1), values], 2))
-
-
 @torch.no_grad()
 def prefix(lm, layout: Layout) -> list:
     """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
@@ -257,7 +244,8 @@ def hidden(lm, batch: Batch, theta: Tensor) -> Tensor:
     x = lm.get_input_embeddings()(batch.ids)                           # (B, Q, d)
     soft = theta.flatten(1, 2).to(x.dtype)                             # (B, P·m, d)
     x = torch.cat([x[:, :batch.slots.start], soft, x[:, batch.slots.stop:]], 1)
-    cached = Prefix(batch.prefix) if batch.prefix is not None else None
+    each = lambda tensor: tensor.expand(len(x), -1, -1, -1)            # the prefix is that of every row
+    cached = DynamicCache([(each(k), each(v)) for k, v in batch.prefix]) if batch.prefix is not None else None
     return lm.base_model(inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions,
                          past_key_values=cached, use_cache=cached is not None).last_hidden_state
 
@@ -547,25 +535,16 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool =
         raise ValueError(f"--device {device} is not here: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bf16(device) else "float32"
-    how = {"dtype": getattr(torch, dtype)}
-
-    def read(attention: str):
-        if random:
-            torch.manual_seed(1)
-            config = AutoConfig.from_pretrained(folder)
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **how), {}
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
-                                                    ignore_mismatched_sizes=True,            # they are named below
-                                                    attn_implementation=attention, **how)
-
+    how = {"dtype": getattr(torch, dtype),                             # sdpa's backward under a mask is slow on CPUs
+           "attn_implementation": "eager" if device == "cpu" else None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        try:
-            lm, info = read("eager" if device == "cpu" else "sdpa")    # sdpa's backward under a mask is slow on CPUs
-        except ValueError as error:
-            if "scaled_dot_product" not in str(error) and "sdpa" not in str(error):
-                raise
-            lm, info = read("eager")                                   # an architecture without sdpa
+        if random:
+            torch.manual_seed(1)
+            lm, info = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **how), {}
+        else:
+            lm, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                                            ignore_mismatched_sizes=True, **how)    # named below
     except Exception as error:                                         # whatever is wrong with the folder
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"--lm {name}: the folder holds no causal LM with tokenizer and safetensors "
@@ -628,61 +607,31 @@ def computes_bf16(device: str) -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-class Digits:
-    """A tokenizer for check_lm: numbers are tokens."""
-    bos_token_id, eos_token_id = 1, 2
-
-    def __call__(self, texts: list[str], **kwargs) -> dict:
-        return {"input_ids": [[int(word) for word in text.replace("x", "3").split()] for text in texts]}
-
-
 @torch.no_grad()
 def check_lm(lm) -> None:
     """ValueError for an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, …)."""
-    layout = Layout.build({"profiles": {"a": "4 5", "b": "6 7"}, "kinds": {
-        "c": {"lead": "8", "view": ["a"]}, "d": {"lead": "9 8", "view": ["b"]}}}, Digits(), m=2)
-    texts = [("c", f"{i} {i + 1} {i + 2}") for i in range(10, 26)] + [("d", f"{i} {i + 2}") for i in range(30, 40)]
+    layout = Layout(("a", "b"), names=((4, 5), (6, 7)), kinds={}, bos=1, tokenizer=None, m=2, start=5)
+    texts = [Text([8, i, i + 1, i + 2], 1, (True, False)) for i in range(10, 26)]
+    texts += [Text([9, 8, i, i + 2], 2, (False, True)) for i in range(30, 40)]
     theta = lm.get_input_embeddings().weight[10:14].float().reshape(1, 2, 2, -1)
+    ids = torch.arange(3, 43, device=lm.device)[None]
+    causal = additive(torch.ones(1, 40, 40, dtype=torch.bool, device=lm.device).tril(), lm.dtype)
+    total = lambda rows, cache: float(nll(lm, collate(rows, layout, cache, device=lm.device, dtype=lm.dtype),
+                                          theta.expand(len(rows), -1, -1, -1)).sum())
+    value = lambda logits: float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]))
     try:
-        batch = collate(pack([texts], layout), layout, prefix(lm, layout), device=lm.device, dtype=lm.dtype)
-        packed, single = float(nll(lm, batch, theta)), float(naive_nll(lm, layout, [texts], theta))
+        states = lm.base_model(input_ids=ids, attention_mask=causal, use_cache=False).last_hidden_state
+        pairs = ((total([texts], prefix(lm, layout)), total([[text] for text in texts], None)),      # packed, alone
+                 (value(lm.get_output_embeddings()(states)), value(lm(input_ids=ids, use_cache=False).logits)))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a {lm.config.model_type} LM is not supported ({error})") from None
-    if not math.isfinite(packed):
+    if not math.isfinite(sum(map(sum, pairs))):
         raise ValueError(f"the likelihood is not finite in {lm.dtype}: try --dtype bfloat16 or float32; if it is not "
                          "finite there, the weights are damaged")
-    if not math.isclose(packed, single, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
-        raise ValueError(f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its "
-                         f"texts one by one (−log P {packed:.3f} and {single:.3f})")
-
-
-def naive_nll(lm, layout: Layout, users: list[list[tuple[str, str]]], theta: Tensor) -> Tensor:
-    """The obvious way, for reference: one text a row behind its own prompt, padded, logits everywhere. → NLL [B]
-
-    For texts that see one profile: of several names in one row, each would see those before it.
-    """
-    ids, positions, slots, labels = [], [], [], []
-    for user, texts in enumerate(users):
-        for kind, text in texts:
-            lead, view, cut = layout.kinds[kind]
-            row = [layout.bos]
-            for p, name in enumerate(layout.names):
-                if view[p]:
-                    row += [*name, *[layout.bos] * layout.m]
-                    slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
-            prompt = len(row)
-            row += lead
-            for token in layout.encode([text])[0][:cut]:
-                labels.append((len(ids), len(row) - 1, token, user))
-                row.append(token)
-            ids.append(torch.tensor(row))
-            positions.append(torch.cat([torch.arange(prompt), layout.start + torch.arange(len(row) - prompt)]))
-    at, label = torch.tensor(slots).T, torch.tensor(labels).T
-    x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
-    x = lm.get_input_embeddings()(x).index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(lm.dtype))
-    positions = pad_sequence(positions, batch_first=True).to(lm.device)                     # (texts, width)
-    logp = lm(inputs_embeds=x, position_ids=positions).logits.float().log_softmax(-1)       # (texts, width, V)
-    return theta.new_zeros(len(users)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
+    for ours, plain in pairs:                                          # the second: our causal mask, and its own
+        if not math.isclose(ours, plain, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
+            raise ValueError(f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its "
+                             f"texts one by one (−log P {ours:.3f} and {plain:.3f})")
 
 
 # ---- command line
@@ -697,11 +646,6 @@ except ImportError:                                                    # copied 
 TABLE_VERSION = 1                                                      # raise it when score_texts changes its values
 IN_TABLE = ("views", "mask", "pretraining")                            # ablations that need a text table of their own
 IN_QUANTISER = ("em", "kmeans", "signal")                              # … that change what follows
-
-
-def in_table(without: str) -> str:
-    """The ablation as far as the text table knows of it."""
-    return without if without in IN_TABLE else ""
 
 
 def lm_identity(name: str, random: bool = False) -> dict:
@@ -781,19 +725,9 @@ def all_parts(folder: Path, name: str, parts: list, compute) -> list[list[np.nda
 
 
 def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
-    """Makes `folder` this run's own: parts of other settings, data or LLM are refused, or dropped with --restart."""
-    path, parts = folder / "settings.json", list(folder.glob("*_[0-9]*.npz"))
-    if restart:
-        for part in parts:
-            part.unlink()
-    elif parts:
-        old = data.read_json(path) if path.exists() else {}
-        differs = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
-        if differs:
-            what = "; ".join(f"{key}: {old.get(key)} → {settings.get(key)}" for key in differs)
-            raise data.CommandError(2, f"{folder} holds half a run with other settings ({what}). Choose another --out, "
-                                       "or pass --restart to drop it")
-    data.write_json(path, settings)
+    """Makes `folder` this run's own: parts of another run are refused, or dropped with --restart."""
+    data.claim(folder / "settings.json", settings, list(folder.glob("*_[0-9]*.npz")), restart)
+    data.write_json(folder / "settings.json", settings)
 
 
 def lm_when_needed(args, without: str):
@@ -805,7 +739,8 @@ def table_identity(args, layout_spec: dict, texts: list[tuple[str, str]], withou
     """What the values of a text table depend on."""
     lm = lm_identity(args.lm, without == "pretraining")
     return json.loads(json.dumps({
-        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens, "without": without,
+        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens,
+        "without": without if without in IN_TABLE else "",
         "lm": {key: lm[key] for key in ("fingerprint", "weights") if key in lm},
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}))
 
@@ -889,8 +824,7 @@ def command_fit(args) -> None:
     if args.exact_users:
         ids, probability, books = exact_users(args, model, source, lists, user, out)
     else:
-        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts,
-                           in_table(args.without))
+        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts, args.without)
     if rank_and_world_size()[0] > 0:
         return
     trace = {}
@@ -953,7 +887,7 @@ def prompt_scorer(args, model, source, evidence: Evidence, p: int):
     The other profiles are at θ⁰.
     """
     lm, tokenizer = model()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=args.without)
     used = torch.unique(take_lists(evidence.indptr, evidence.text, evidence.told)[1])
     theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
     bar = tqdm(desc="exact rounds", total=len(used) * args.codes[p] * (args.exact_rounds + 1), unit="text", delay=2)
@@ -974,7 +908,7 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
     told, *texts = (torch.from_numpy(array).long() for array in lists)
     indptr, text = (array.numpy() for array in take_lists(*texts, told))
     lm, tokenizer = model()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=in_table(args.without))
+    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=args.without)
     N, P = len(source.users), len(layout.names)
     by_user = indptr[np.searchsorted(user.numpy(), np.arange(N + 1))]
     active = [u for u in range(N) if by_user[u] < by_user[u + 1]]
@@ -1033,7 +967,7 @@ def command_infer(args) -> None:
     rows, lists = training_texts(source, settings["kinds"])
     known = given / profiles.meta["table"]
     table, about = read_table(known)
-    needed = table_identity(args, source.layout, [], in_table(without))
+    needed = table_identity(args, source.layout, [], without)
     if {**about["identity"], "texts": ""} != {**needed, "texts": ""}:
         raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
                          "layout of their codebook")
@@ -1042,8 +976,7 @@ def command_infer(args) -> None:
     new = [text for text in source.texts if text not in row_of]
     if new:
         row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
-        fresh = text_table(args, lm_when_needed(args, without), out / "table", source.layout, new,
-                           in_table(without))
+        fresh = text_table(args, lm_when_needed(args, without), out / "table", source.layout, new, without)
         table = {name: np.concatenate([table[name], fresh[name]]) for name in fresh}
     if rank_and_world_size()[0] > 0:
         return

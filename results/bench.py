@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import codebook
@@ -114,6 +115,36 @@ def plain_rows(lm, rows: int, width: int, predictions: int) -> None:
     logits.log_softmax(-1)[:, 0].sum().backward()
 
 
+def naive_nll(lm, layout: uip.Layout, users: list[list[tuple[str, str]]], theta: Tensor) -> Tensor:
+    """The obvious way, for reference: one text a row behind its own prompt, padded, logits everywhere. → NLL [B]
+
+    For texts that see one profile: of several names in one row, each would see those before it.
+    """
+    ids, positions, slots, labels = [], [], [], []
+    for user, texts in enumerate(users):
+        for kind, text in texts:
+            lead, view, cut = layout.kinds[kind]
+            row = [layout.bos]
+            for p, name in enumerate(layout.names):
+                if view[p]:
+                    row += [*name, *[layout.bos] * layout.m]
+                    slots += [(len(ids), len(row) - layout.m + i, user, p, i) for i in range(layout.m)]
+            prompt = len(row)
+            row += lead
+            for token in layout.encode([text])[0][:cut]:
+                labels.append((len(ids), len(row) - 1, token, user))
+                row.append(token)
+            ids.append(torch.tensor(row))
+            positions.append(torch.cat([torch.arange(prompt), layout.start + torch.arange(len(row) - prompt)]))
+    at, label = torch.tensor(slots).T, torch.tensor(labels).T
+    x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
+    x = lm.get_input_embeddings()(x).index_put((at[0], at[1]), theta[at[2], at[3], at[4]].to(lm.dtype))
+    positions = pad_sequence(positions, batch_first=True).to(lm.device)                     # (texts, width)
+    logp = lm(inputs_embeds=x, position_ids=positions).logits.float().log_softmax(-1)       # (texts, width, V)
+    return theta.new_zeros(len(users)).index_add(0, label[3].to(theta.device), -logp[label[0], label[1], label[2]])
+
+
+
 def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: int = 3, naive: int = 32,
                full=None) -> dict:
     """score_texts beside the limit and the naive way, in turn.
@@ -139,7 +170,7 @@ def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: in
         for start in range(0, len(some), 8):
             part = [[texts[i]] for i in some[start:start + 8]]
             x = theta.to(model.device).expand(len(part), -1, -1, -1).contiguous().requires_grad_()
-            uip.naive_nll(model, layout, part, x).sum().backward()
+            naive_nll(model, layout, part, x).sum().backward()
 
     gc.freeze()                                                        # as uip.py fit does
     ways = {"ours": ours, "limit": limit, "naive_same_dtype": lambda: naive_way(lm)}
