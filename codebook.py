@@ -224,7 +224,7 @@ def canonical_order(centroids: Tensor, ids: Tensor) -> Tensor:
 @torch.enable_grad()
 def vq(x: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8,
        generator: torch.Generator | None = None) -> Clusters:
-    """The gradient-trained codebook of the authors' code, for the ablation: it collapses, k-means does not.
+    """The gradient-trained codebook of the authors' code, for the ablation: on small data it collapses.
 
     x [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[x] − e‖² to the nearest code on random minibatches,
     and nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
@@ -657,9 +657,10 @@ class Bank:
         """Writes a bank and opens it.
 
         users: N distinct ids (texts or whole numbers); codes: int [N, P] from 1, 0 = unknown.
-        probability: [N, P] of each code, 1 by default. meta: "names" (P profile names), "lm", … are kept as given.
-        codebook: arrays to keep beside the codes. Takes about 40 bytes of memory a user. A bank already there is
-        replaced only when the new one is complete. Raises ValueError for codes, ids or a folder that do not fit.
+        probability: [N, P] of each code; by default 1, and 0 where unknown. meta: "names" (P profile names), "lm", …
+        are kept as given. codebook: arrays to keep beside the codes. Takes about 40 bytes of memory a user. A bank
+        already there is replaced only when the new one is complete. Raises ValueError for codes, ids or a folder that
+        do not fit.
         """
         folder, codes, meta = Path(folder).resolve(), np.asarray(codes), dict(meta or {})
         users = as_ids(users)
@@ -672,7 +673,7 @@ class Bank:
             raise ValueError(f"{len(names)} profile names for {codes.shape[1]} columns of codes")
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / cls.FILES[0]).exists():
             raise ValueError(f"{folder} exists and is not a bank: name another folder")
-        sure = np.ones(codes.shape) if probability is None else np.asarray(probability)
+        sure = codes > 0 if probability is None else np.asarray(probability)
         if sure.shape != codes.shape:
             raise ValueError(f"probabilities have the shape {list(sure.shape)}, codes {list(codes.shape)}")
         keys = hash_users(users)
@@ -686,7 +687,7 @@ class Bank:
         fresh.mkdir(parents=True)
         np.save(fresh / "keys.npy", keys)
         np.save(fresh / "codes.npy", codes[order].astype(np.uint8 if codes.max() <= 255 else np.uint16))
-        np.save(fresh / "sure.npy", np.rint(255 * sure[order].clip(0, 1)).astype(np.uint8))
+        np.save(fresh / "sure.npy", np.rint(255.0 * sure[order].clip(0, 1)).astype(np.uint8))
         np.savez(fresh / "codebook.npz", names=np.array(names), **codebook)
         meta = {"sizes": codes.max(0).tolist(), **meta, "version": VERSION, "users": len(users),
                 "sha256": {name: file_hash(fresh / name) for name in cls.FILES},
@@ -865,6 +866,11 @@ def code_sizes(text: str) -> list[int]:
 BOOK = ("mean", "directions", "noise", "prior", "pi", "mu", "spread", "eigenvalues")   # in profiles.npz
 
 
+def table_hash(meta: dict) -> str:
+    """What tells one text table from another in the same folder: sha256 of its identity (texts, layout, LLM, …)."""
+    return hashlib.sha256(json.dumps(meta["identity"], sort_keys=True).encode()).hexdigest()
+
+
 def write_profiles(folder: Path, profiles: Profiles) -> None:
     """profiles.npz and meta.json, which vouches for the other file and goes last."""
     arrays = {"users": profiles.users, "ids": profiles.ids.astype(np.int32),
@@ -898,6 +904,7 @@ def command_bank(args) -> None:
     for folder in reversed(args.profiles):
         profiles = read_profiles(folder)
         same = [torch.equal(a.mu, b.mu) for a, b in zip(profiles.books, first.books)]
+        same.append(profiles.meta["settings"] == first.meta["settings"])
         if profiles.names != first.names or not all(same):
             raise ValueError(f"{folder} and {args.profiles[0]} have different codebooks: "
                              "a bank holds IDs of one codebook")
@@ -982,14 +989,14 @@ def command_cards(args) -> None:
         counts = np.bincount(ids[teller[mine]] * len(views) + text[mine], minlength=k * len(views))
         counts = counts.reshape(k, len(views))
         used = counts.sum(0) > 0
-        words = [value for (_, value), there in zip(source.texts, used) if there]
+        words = [text for text, there in zip(source.texts, used) if there]
         lines += [f"### {cell(name)}", "",
-                  "| ID | users | share | mean probability | sets it apart (z of log-odds) | price, 10–90 % |",
+                  "| ID | users | share | mean probability | sets it apart (kind, z of log-odds) | price, 10–90 % |",
                   "|---:|---:|---:|---:|---|---|"]
         for code, z in enumerate(log_odds_z(counts[:, used].astype(float))):
             member = ids == code
             top = [w for w in (-z).argsort(kind="stable")[:args.top] if z[w] > 0]
-            apart = ", ".join(f"{cell(words[w])} ({z[w]:.1f})" for w in top)
+            apart = ", ".join(f"{cell(words[w][1])} ({words[w][0]} {z[w]:.1f})" for w in top)
             price = source.price[priced][member[who[priced]]]
             price = "{:.2f}–{:.2f}".format(*np.percentile(price, [10, 90])) if len(price) else "unknown"
             sure = f"{profiles.probability[member, p].mean():.2f}" if member.any() else ""

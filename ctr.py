@@ -23,7 +23,6 @@ Use it alone: `from ctr import DeepFM, fit, auc`; the models take field sizes an
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -247,8 +246,10 @@ def fit(model: nn.Module, train, valid, *, lr=1e-2, batch=256, epochs=50, patien
     """Train until the validation AUC has not risen for `patience` epochs; the model ends at its best epoch.
 
     train, valid: (x integers [R, F], y float [R]) → best validation AUC, its epoch from 1, epochs run.
-    Raises ValueError for empty or one-class parts, other labels than 0 and 1, or training that diverges.
+    Raises ValueError for no epoch, empty or one-class parts, other labels than 0 and 1, or training that diverges.
     """
+    if epochs < 1:
+        raise ValueError(f"training needs an epoch at least, got {epochs}")
     for name, (_, y) in (("training", train), ("validation", valid)):
         if len(np.unique(check_labels(y.cpu()))) < 2:
             raise ValueError(f"all {len(y)} {name} labels are of one class: there is nothing to learn")
@@ -287,7 +288,7 @@ def interval(values) -> tuple[float, float]:
 try:
     import data
     from codebook import (MEASUREMENT, Evidence, code_sizes, fit_codebook, hash_users, profile_evidence, read_profiles,
-                          read_table, ids_before)
+                          read_table, table_hash, ids_before)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -414,6 +415,9 @@ def ids_as_of_rows(source, fold: Fold, evidence: Evidence, k: int, args) -> tupl
     seen = torch.from_numpy(fold.seen)
     if args.without == "time":                                         # ablation: a training row sees all training rows
         seen = torch.bincount(user[train], minlength=len(source.users))[user]
+    if args.without == "ties":                                         # … no row sees one of its own time stamp
+        moment = torch.stack([user, torch.from_numpy(source.time)]).unique_consecutive(dim=1, return_inverse=True)[1]
+        seen = seen.minimum(torch.searchsorted(moment, moment) - torch.searchsorted(user, user))
     ids, probability = ids_before(book, evidence, user, seen)
     return (ids + 1).numpy(), torch.where(ids >= 0, probability, 0).numpy()
 
@@ -516,6 +520,15 @@ def choose(text: str, valid, option: str) -> list[str]:
     return names
 
 
+def check_fold(fold: Fold, number: int) -> None:
+    """ValueError for a fold that nothing can be trained or tested on."""
+    for part, what in enumerate(("training", "validation", "test")):
+        answers = np.unique(fold.y[fold.part[fold.row] == part]).tolist()
+        if len(answers) < 2:
+            raise ValueError(f"fold {number} has {'one class of' if answers else 'no'} {what} examples: take more "
+                             "users, or fewer --folds")
+
+
 def command_run(args) -> None:
     """Every model × feature set × fold × seed that --out does not hold yet, a line each in runs.jsonl."""
     began, out, table, made, identity = time.time(), Path(args.out), None, {}, None
@@ -542,13 +555,19 @@ def command_run(args) -> None:
     if args.profiles:
         made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
         fitted |= {name: made["settings"][name] for name in fitted}
+        if made["settings"].get("exact_rounds") or made["settings"].get("exact_users"):
+            raise data.CommandError(2, f"{args.profiles} was made with --exact-rounds or --exact-users, which have no "
+                                       "closed form for IDs as of a row: fit without them")
         if made["data_sha256"]["texts.jsonl"] != source.meta["sha256"]["texts.jsonl"]:
             raise ValueError(f"{args.profiles} was made from other texts than those of {args.data}: "
                              "run `uip.py fit` on it")
         table, about = read_table(Path(args.profiles) / made["table"])
         if "reversed" not in table and ((args.without or fitted["without"]) == "causality" or "reversed" in parts):
             raise data.CommandError(2, "--features reversed needs a text table with it: pass --reversed to uip.py fit")
-        identity = hashlib.sha256(json.dumps(about["identity"], sort_keys=True).encode()).hexdigest()
+        identity = table_hash(about)
+        if made.get("table_sha256", identity) != identity:
+            raise ValueError(f"{args.profiles} was made from another text table than is now in {made['table']}: "
+                             "run `uip.py fit` again")
     for name in ("codes", "directions", "kinds", "without"):
         setattr(args, name, getattr(args, name) or fitted[name])
     args.codebook_seed = fitted["seed"]
@@ -563,8 +582,12 @@ def command_run(args) -> None:
         **{key: getattr(args, key) for key in keys},
         "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity,
         "code_sha256": {name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}
+    for number in folds:
+        check_fold(make_fold(source, args.protocol, args.label, number), number)
+    data.refuse_others(out, "runs.jsonl")
     with data.exclusive_lock(out / ".lock"):
-        data.claim(out / "meta.json", settings, list(out.glob("runs.jsonl")), args.restart)
+        held = [file for file in out.glob("runs.jsonl") if file.stat().st_size or args.restart]
+        data.claim(out / "meta.json", settings, held, args.restart)
         done = {(run["fold"], run["features"], run["model"], run["seed"]) for run in read_runs(out, cut=True)}
         wanted = list(itertools.product(folds, features, models, range(args.seeds)))
         todo = [one for one in wanted if one not in done]
@@ -688,7 +711,7 @@ def main(argv: list[str] | None = None) -> None:
     sub = commands.add_parser("run", help=command_run.__doc__, allow_abbrev=False)
     sub.set_defaults(run=command_run)
     sub.add_argument("--data", required=True, help="folder made by data.py")
-    sub.add_argument("--profiles", help="folder made by uip.py fit: its text table, and codebook sizes")
+    sub.add_argument("--profiles", help="folder made by uip.py fit: its text table, and how it made codebooks")
     sub.add_argument("--out", required=True, help="folder for runs.jsonl and meta.json")
     for flag, default, kind, what in (
             ("protocol", "warm", ["warm", "new"], "all users train, or folds of users"),
@@ -702,7 +725,8 @@ def main(argv: list[str] | None = None) -> None:
             ("directions", None, data.positive_int, "most directions of a codebook; None: as fitted"),
             ("kinds", None, str, "kinds of evidence to use; None: as fitted"),
             ("sure", 0.0, data.fraction, "IDs less probable than this count as unknown"),
-            ("without", "", ["em", "kmeans", "signal", "time", *MEASUREMENT], "leave a part out; blank: as fitted"),
+            ("without", "", ["em", "kmeans", "signal", "time", "ties", *MEASUREMENT],
+             "leave a part out; blank: as fitted"),
             ("dim", 8, data.positive_int, "width of embeddings"),
             ("lr", 0.01, data.nonnegative_float, "learning rate"),
             ("l2", 1e-5, data.nonnegative_float, "weight decay of the embedding table"),

@@ -182,6 +182,15 @@ def read_json(path, *keys: str) -> dict:
     return value
 
 
+def refuse_others(out: Path, own: str) -> None:
+    """CommandError 2 if `out` is the folder of another command: its meta.json vouches for other files than `own`."""
+    made = {}
+    with suppress(OSError, ValueError):
+        made = read_json(out / "meta.json").get("sha256", {})
+    if made and own not in made:
+        raise CommandError(2, f"{out} holds what another command made ({', '.join(made)}): choose another --out")
+
+
 def claim(path: Path, settings: dict, parts: list[Path], restart: bool) -> None:
     """CommandError 2 if parts of a run are there whose settings, in `path`, differ; --restart removes the parts."""
     if restart:
@@ -1378,6 +1387,7 @@ def main(argv: list[str] | None = None) -> None:
         with exclusive_lock(f"{out.resolve()}.lock"):
             lm(out, args["name"])
         return
+    refuse_others(out, "interactions.npz")
     with exclusive_lock(out / ".lock"):
         raw, full_name, reviews = raw or out / "raw", name, args.get("reviews", 0)
         if name in REAL:

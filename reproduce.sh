@@ -35,6 +35,7 @@ CODES=${CODES:-16,16} CAP=${CAP:-} REVIEWS=${REVIEWS:-} RAW=${RAW:-}
 DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
 SETS=${SETS:-amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV}
 if [ -z "${RESULTS:-}" ] && [ -n "$OWN" ]; then RESULTS=runs/results; else RESULTS=${RESULTS:-results}; fi
+RESULTS=${RESULTS%/}
 PY=$VENV/bin/python Q=$(printf %q "$VENV/bin/python")
 EM="$Q uip.py"
 [ "${NPROC:-1}" = 1 ] || EM="$Q -m torch.distributed.run --standalone --nproc-per-node=$NPROC uip.py"
@@ -59,6 +60,7 @@ check SETS " *($SET)( +($SET))* *" "a list of amazon14:X, amazon18:X, amazon23:X
 check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
 check DEVICE "auto|cpu|cuda(:[0-9]+)?" "one of auto, cpu, cuda and cuda:NUMBER"
 [ -z "$RAW" ] || [ -d "$RAW" ] || fail 4 "RAW=$RAW: there is no such folder"
+case $RESULTS in *[!A-Za-z0-9_./-]*) fail 2 "RESULTS=$RESULTS is not a path of letters, digits and ._/-" ;; esac
 case $LM in ./* | ../* | /*) [ -d "$LM" ] || fail 4 "LM=$LM: there is no such folder" ;; esac
 
 # From here on `…`, not $(…), where this shell itself substitutes: bash 5.2 parses the latter, and a signal that comes
@@ -157,10 +159,15 @@ environment() {  # .venv with the pinned packages; one that this script left hal
 }
 
 language_model() {  # the default one, or LM; its fingerprint is part of a stage's command, so a changed folder is seen
-  local name identity='import sys, uip; print(uip.lm_identity(sys.argv[1])["fingerprint"])'
+  local name identity='import data, sys, uip
+data.run_command("uip.py", lambda: print(uip.lm_identity(sys.argv[1])["fingerprint"]))'
   name=`printf %q "${LM:-models/default}"`
-  [ -n "$LM" ] || stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
-  [ -z "$LM" ] || stage lm "" env . "echo LM=$name `"$PY" -c "$identity" "$LM"`"
+  if [ -z "$LM" ]; then
+    stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
+  else
+    identity=`"$PY" -c "$identity" "$LM"` || exit
+    stage lm "" env . "echo LM=$name $identity"
+  fi
   ARGS="--lm $name --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
 }
 
@@ -242,6 +249,7 @@ real() {
     [ -z "$REVIEWS" ] || clicks "$label-without-review" "$r-new-$label-without-review" "$one --kinds $no_reviews"
   done
   one="--protocol new --features userip --seeds ${SEEDS:-2}"
+  clicks without-ties "$r-new-liked-without-ties" "$one --without ties"
   clicks without-unsure "$r-new-liked-without-unsure" "$one --sure 0.5"
   clicks without-time "$r-warm-liked-without-time" \
     "--protocol warm --features userip --seeds ${SEEDS:-5} --without time"
@@ -260,10 +268,15 @@ real() {
 CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
 
 every_set() {
-  local set flags="${CAP:+ --users $CAP}${REVIEWS:+ --reviews $REVIEWS}${RAW:+ --raw `printf %q "$RAW"`}"
-  for set in $SETS; do real "`echo "$set" | tr ':/' '--'`" "$set$flags"; done
+  local set raw flags="${CAP:+ --users $CAP}${REVIEWS:+ --reviews $REVIEWS}"
+  for set in $SETS; do
+    raw="${RAW:+ --raw `printf %q "$RAW"`}"
+    case $set in nete:*) raw= ;; esac                          # it names its folder itself
+    real "`echo "$set" | tr ':/' '--'`" "$set$flags$raw"
+  done
 }
 
+[ $# -le 1 ] || [ "$1" = test ] || fail 2 "one word at a time, not: $*"
 [ "$RESULTS" = results ] || echo "With settings of your own, results go to $RESULTS; those in results/ stay."
 case ${1:-demo} in
   -h | --help | help) usage ;;
@@ -279,8 +292,8 @@ case ${1:-demo} in
       "$PY" results/report.py forecast --profiles runs/demo/profiles
     fi ;;
   small)
-    [ -z "$REVIEWS" ] || fail 2 "REVIEWS=$REVIEWS: MovieLens-100K has no reviews; unset it, or take \`full\`"
-    real ml-100k ml-100k ;;
+    [ -z "$REVIEWS$CAP" ] || fail 2 "MovieLens-100K has no reviews, and all its users: unset REVIEWS and CAP"
+    real ml-100k "ml-100k${RAW:+ --raw `printf %q "$RAW"`}" ;;
   full) every_set ;;
   seeds)
     shop demo "--seed 0" "--codes 4,3" $ALL $MODELS

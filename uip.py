@@ -639,7 +639,7 @@ def check_lm(lm) -> None:
 try:
     import data
     from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, file_hash, profile_evidence,
-                          read_profiles, read_table, write_profiles, write_table)
+                          read_profiles, read_table, table_hash, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -772,7 +772,8 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "meta.json").unlink(missing_ok=True)
-        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype}, args.restart)
+        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
+                              "code": data.sha256_of(Path(__file__))}, args.restart)
     barrier()
     lm, tokenizer = model()
     gc.freeze()                                                        # Python's collector need not visit the LLM again
@@ -814,11 +815,19 @@ def command_fit(args) -> None:
     if args.without in MEASUREMENT and (args.exact_rounds or args.exact_users):
         raise data.CommandError(2, "--exact-rounds and --exact-users need gradients, "
                                    f"which --without {args.without} replaces")
+    if args.exact_users and (args.exact_rounds or args.guide or args.reversed or args.without in IN_QUANTISER):
+        raise data.CommandError(2, "--exact-users tunes each user's own soft tokens: --exact-rounds, --guide, "
+                                   f"--reversed and --without {', '.join(IN_QUANTISER)} have no meaning there")
     args.reversed = args.reversed or args.without == "causality"
     names = list(source.layout["profiles"])
     if len(args.codes) != len(names):
         raise data.CommandError(2, f"--codes: {len(args.codes)} numbers for {len(names)} profiles, {', '.join(names)}")
     rows, lists = training_texts(source, args.kinds)
+    for name in names if args.kinds and not args.exact_users else ():
+        speak = [kind for kind, how in source.layout["kinds"].items() if name in how["view"]]
+        if not set(speak) & set(args.kinds):
+            raise data.CommandError(2, f"--kinds {','.join(args.kinds)} leaves nothing that speaks for {name}: add one "
+                                       f"of {', '.join(speak)}")
     user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
     model = lm_when_needed(args, args.without)
     if args.exact_users:
@@ -827,7 +836,7 @@ def command_fit(args) -> None:
         table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts, args.without)
     if rank_and_world_size()[0] > 0:
         return
-    trace = {}
+    trace, identity = {}, table_hash({"identity": table_identity(args, source.layout, source.texts, args.without)})
     if not args.exact_users:
         fitted = []
         for p, (name, k) in enumerate(zip(names, args.codes)):
@@ -845,7 +854,8 @@ def command_fit(args) -> None:
         "command": "fit", "settings": {key: getattr(args, key) for key in keys},
         "lm": lm_identity(args.lm, args.without == "pretraining"),
         "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
-        "table": os.path.relpath(args.table or out / "table", out), "code_sha256": data.sha256_of(Path(__file__)),
+        "table": os.path.relpath(args.table or out / "table", out), "table_sha256": identity,
+        "code_sha256": data.sha256_of(Path(__file__)),
         "run": data.run_facts(began, "uip.py")}))
 
 
@@ -917,7 +927,8 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
     if first:
         claim_folder(out, {"data": source.meta["sha256"], "lm": lm_identity(args.lm), "steps": args.steps,
                            "lr": args.lr, "tokens": args.tokens, "without": args.without, "kinds": args.kinds,
-                           "part": args.part, "dtype": args.dtype}, args.restart)
+                           "part": args.part, "dtype": args.dtype,
+                           "code": data.sha256_of(Path(__file__))}, args.restart)
     barrier()
     pieces = [active[i:i + args.part] for i in range(0, len(active), args.part)]
     bar = tqdm(total=len(active), desc="users", unit="user", delay=2, disable=not first)
@@ -1050,6 +1061,7 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(args.out)
         if rank_and_world_size()[0] > 0:
             return args.run(args)
+        data.refuse_others(out, "profiles.npz")
         with data.exclusive_lock(out / ".lock"):
             args.run(args)
     finally:
