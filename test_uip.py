@@ -2661,10 +2661,13 @@ def test_profiles_of_a_replaced_table_are_refused(fitted, tiny, planted_folder, 
     """A table may be shared by its path; a later fit of other texts or settings puts another in its place."""
     uip.main(fit_args(planted_folder, tiny, tmp_path / "one", "--table", tmp_path / "table"))
     words = run_words((planted_folder, tmp_path / "one"), tmp_path / "out")
-    assert call(ctr, *words)[0] == 0
+    assert call(ctr, *words)[0] == 0 and "gradient.npy" in call(codebook, "verify", tmp_path / "table")[1]
     uip.main(fit_args(planted_folder, tiny, tmp_path / "two", "--table", tmp_path / "table", "--without", "views"))
     code, _, said = call(ctr, *words, "--restart")
     assert code == 4 and "was made from another text table than is now in" in said
+    (tmp_path / "table" / "nll.npy").write_bytes(b"")
+    code, _, said = call(codebook, "verify", tmp_path / "table")
+    assert code == 4 and "nll.npy is not the one" in said
 
 
 def test_half_an_infer_run_is_not_continued_from_other_profiles(fitted, tiny, tmp_path):
