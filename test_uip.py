@@ -1489,6 +1489,8 @@ def test_bank_takes_any_iterable_of_texts_or_whole_numbers(tmp_path):
         assert numbers.lookup(given).flatten().tolist() == [1, 2, 300, 0]
     assert numbers.lookup(np.arange(5, 8, dtype=np.uint8)).flatten().tolist() == [1, 2, 0]
     assert numbers.lookup(5).tolist() == numbers.probability(np.int8(5)).tolist() == [[1]]
+    half = Bank.build(tmp_path / "half", ["a", "b"], [[0, 2], [1, 0]])
+    assert half.probability(["a", "b"]).tolist() == [[0, 1], [1, 0]]
     # published FNV-1a of "a" through murmur3's finaliser, worked out with Python integers
     assert hash_users(["a"]).tolist() == [hash_user("a")] == [9413272369427828315]
     many = hash_users(np.arange(25_000))                               # in several blocks
@@ -1691,6 +1693,10 @@ def test_bank_of_several_folders_takes_the_last_word_on_a_user(tmp_path):
     assert call(codebook, "lookup", "--bank", tmp_path / "bank", "newcomer")[:2] == (
         0, "newcomer hobby=0 (0%) life_stage=2 (100%)\n")
     code, _, err = build("profiles", "strange")
+    assert code == 4 and "different codebooks" in err
+    meta = data.read_json(tmp_path / "later" / "meta.json")            # equal centroids, but IDs of exact rounds
+    data.write_json(tmp_path / "later" / "meta.json", {**meta, "settings": {**meta["settings"], "exact_rounds": 1}})
+    code, _, err = build("profiles", "later")
     assert code == 4 and "different codebooks" in err
 
 
