@@ -871,12 +871,13 @@ def table_hash(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta["identity"], sort_keys=True).encode()).hexdigest()
 
 
-def write_profiles(folder: Path, profiles: Profiles) -> None:
-    """profiles.npz and meta.json, which vouches for the other file and goes last."""
+def write_profiles(folder: Path, profiles: Profiles, more: dict[str, np.ndarray] = {}) -> None:
+    """profiles.npz, with `more` arrays, and meta.json, which vouches for the other file and goes last."""
     arrays = {"users": profiles.users, "ids": profiles.ids.astype(np.int32),
               "probability": profiles.probability.astype(np.float32), "names": np.array(profiles.names)}
     for p, book in enumerate(profiles.books):
         arrays |= {f"{name}_{p}": getattr(book, name).numpy() for name in BOOK}
+    arrays |= more
     (folder / "meta.json").unlink(missing_ok=True)
     data.write_atomically(folder / "profiles.npz", lambda file: np.savez(file, **arrays))
     sha256 = {"profiles.npz": data.sha256_of(folder / "profiles.npz")}

@@ -2533,6 +2533,8 @@ def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted
         assert code == 2 and "have no meaning there" in said
     more = ["--exact-rounds", "1", "--kinds", "category,price", "--guide"]
     uip.main(fit_args(planted_folder, tiny, tmp_path / "rounds", *more, *share))
+    prompts = [arrays(tmp_path / "rounds")[f"prompts_{p}"] for p in (0, 1)]
+    assert [one.shape for one in prompts] == [(4, 16), (3, 16)] and len(np.unique(prompts[0], axis=0)) == 4
     for made in ("users", "rounds"):                                   # whose IDs ctr.py cannot make again
         code, _, said = call(ctr, *run_words((planted_folder, tmp_path / made), tmp_path / "out"))
         assert code == 2 and "no closed form for IDs as of a row" in said and not (tmp_path / "out").exists()

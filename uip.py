@@ -837,8 +837,8 @@ def command_fit(args) -> None:
     if rank_and_world_size()[0] > 0:
         return
     trace, identity = {}, table_hash({"identity": table_identity(args, source.layout, source.texts, args.without)})
+    fitted, prompts = [], {}
     if not args.exact_users:
-        fitted = []
         for p, (name, k) in enumerate(zip(names, args.codes)):
             evidence = profile_evidence(source, table, lists, p, args.without)
             score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
@@ -849,6 +849,7 @@ def command_fit(args) -> None:
             trace[name] = report_fit(name, found, args.guide)
         ids, probability = most_probable([one.r for one in fitted], [one.n for one in fitted])
         books = [one.book for one in fitted]
+        prompts = {f"prompts_{p}": one.prompts.numpy() for p, one in enumerate(fitted) if one.prompts is not None}
     keys = ("codes", "directions", "tokens", "seed", "without", "kinds", "exact_rounds", "exact_users")
     write_profiles(out, Profiles(source.users, ids, probability, names, books, {
         "command": "fit", "settings": {key: getattr(args, key) for key in keys},
@@ -856,7 +857,7 @@ def command_fit(args) -> None:
         "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
         "table": os.path.relpath(args.table or out / "table", out), "table_sha256": identity,
         "code_sha256": data.sha256_of(Path(__file__)),
-        "run": data.run_facts(began, "uip.py")}))
+        "run": data.run_facts(began, "uip.py")}), prompts)
 
 
 def most_probable(r: list[Tensor], n: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -1040,7 +1041,8 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--reversed", action="store_true",
                      help="also score behaviour first, then the profile's name: the control \"reversed\" of ctr.py")
     sub.add_argument("--exact-rounds", type=data.nonnegative_int, default=0,
-                     help="EM rounds by the LLM's own likelihood, each of K passes over the texts [0]")
+                     help="EM rounds by the LLM's own likelihood, each of K passes over the texts; profiles.npz then "
+                          "holds each code's soft tokens, as prompts_0 … [0]")
     sub.add_argument("--exact-users", action="store_true",
                      help="per-user prompt tuning instead of the text table (slow)")
     sub.add_argument("--steps", type=data.positive_int, default=3,
