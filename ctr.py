@@ -554,7 +554,7 @@ def command_run(args) -> None:
     fitted = {"codes": [4, 3], "directions": 16, "seed": 0, "kinds": None, "without": ""}
     if args.profiles:
         made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
-        fitted |= {name: made["settings"][name] for name in fitted}
+        fitted |= {name: value for name, value in made["settings"].items() if name in fitted}
         if made["settings"].get("exact_rounds") or made["settings"].get("exact_users"):
             raise data.CommandError(2, f"{args.profiles} was made with --exact-rounds or --exact-users, which have no "
                                        "closed form for IDs as of a row: fit without them")
@@ -582,9 +582,9 @@ def command_run(args) -> None:
         **{key: getattr(args, key) for key in keys},
         "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity,
         "code_sha256": {name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}
+    data.refuse_others(out, "runs.jsonl")
     for number in folds:
         check_fold(make_fold(source, args.protocol, args.label, number), number)
-    data.refuse_others(out, "runs.jsonl")
     with data.exclusive_lock(out / ".lock"):
         held = [file for file in out.glob("runs.jsonl") if file.stat().st_size or args.restart]
         data.claim(out / "meta.json", settings, held, args.restart)

@@ -1880,6 +1880,9 @@ def test_padding_and_order_of_evidence_change_nothing(cached):
     want, cache = uip.nll(lm, batch, theta), uip.prefix(lm, layout) if cached else None
     alone = [uip.nll(lm, uip.collate([row], layout, cache), theta[u:u + 1]) for u, row in enumerate(rows)]
     assert_close(torch.cat(alone), want)
+    for users in ([[]], [TEXTS[0], []]):                               # who has told nothing says nothing
+        batch = uip.collate(uip.pack(users, layout), layout, cache)
+        assert uip.nll(lm, batch, theta[:len(users)])[-1] == 0 and len(batch.ids) == len(users)
     turned = uip.collate(uip.pack([text[::-1] for text in TEXTS], layout), layout, cache)
     assert_close(uip.nll(lm, turned, theta), want)
 

@@ -196,8 +196,8 @@ def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, 
     """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
     ids, block, position = layout.fixed()
     texts = [text for row in rows for text in row]
-    size, lead = torch.tensor([(len(text.ids), text.lead) for text in texts]).unbind(1)
-    view = torch.tensor([text.view for text in texts])                 # (texts, P)
+    size, lead = torch.tensor([(len(text.ids), text.lead) for text in texts]).long().reshape(-1, 2).unbind(1)
+    view = torch.tensor([text.view for text in texts]).bool().reshape(-1, len(layout.names))     # (texts, P)
     number = torch.arange(len(texts)).repeat_interleave(size)          # of each token: its text
     within = torch.arange(len(number)) - (size.cumsum(0) - size)[number]                     # … and its place there
     lengths = torch.tensor([length(row) for row in rows])
@@ -207,7 +207,7 @@ def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, 
     def pad(values: Tensor, fill) -> Tensor:
         return torch.full((B, T), fill, dtype=values.dtype).masked_scatter_(filled, values)
 
-    tokens = pad(torch.tensor(list(chain.from_iterable(text.ids for text in texts))), layout.bos)            # (B, T)
+    tokens = pad(torch.tensor(list(chain.from_iterable(text.ids for text in texts))).long(), layout.bos)     # (B, T)
     text, labels = pad(number, -1), pad(within >= lead[number], False)
     positions = pad(layout.start + within, layout.start)
 
@@ -378,11 +378,11 @@ def score_reversed(lm, layout: Layout, texts: list[tuple[str, str]], *, budget: 
             whole = [[layout.bos, *text.ids, *name] for text, in rows]
 
             def run(indices: list[int]) -> None:                       # right-padded, so the plain causal mask will do
-                ids, texts = [torch.tensor(whole[i]) for i in indices], [rows[i][0] for i in indices]
+                ids, scored = [torch.tensor(whole[i]) for i in indices], [rows[i][0] for i in indices]
                 x = pad_sequence(ids, batch_first=True, padding_value=layout.bos).to(lm.device)
                 states = lm.base_model(input_ids=x, use_cache=False).last_hidden_state
                 last = states[torch.arange(len(ids)), torch.tensor([len(one) - 1 for one in ids])].float()
-                tokens = torch.tensor([len(text.ids) - text.lead for text in texts]).to(last)
+                tokens = torch.tensor([len(text.ids) - text.lead for text in scored]).to(last)
                 table[members[indices].to(lm.device), p] = last * tokens[:, None]
                 tick(len(indices) / len(part.names))
 
