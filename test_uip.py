@@ -1880,6 +1880,10 @@ def test_padding_and_order_of_evidence_change_nothing(cached):
     want, cache = uip.nll(lm, batch, theta), uip.prefix(lm, layout) if cached else None
     alone = [uip.nll(lm, uip.collate([row], layout, cache), theta[u:u + 1]) for u, row in enumerate(rows)]
     assert_close(torch.cat(alone), want)
+    for per_line in (2, 3):                                            # each behind its own soft tokens
+        batch = uip.collate(rows, layout, cache, per_line=per_line)
+        assert_close(uip.nll(lm, batch, theta), want)
+        assert len(batch.ids) == -(-len(rows) // per_line)
     for users in ([[]], [TEXTS[0], []]):                               # who has told nothing says nothing
         batch = uip.collate(uip.pack(users, layout), layout, cache)
         assert uip.nll(lm, batch, theta[:len(users)])[-1] == 0 and len(batch.ids) == len(users)
@@ -1896,7 +1900,8 @@ def test_a_profile_cannot_touch_another(change):
         theta[:, 0] += torch.randn(3, 2, 32)
     else:
         batch.ids[:, 1:1 + len(layout.names[0])] += 7
-    after, block = uip.hidden(lm, batch, theta), layout.fixed()[1]
+    after, prompt = uip.hidden(lm, batch, theta), [text for part in layout.prompt() for text in part]
+    block = torch.tensor([text.block for text in prompt for _ in text.ids])
     assert torch.equal(before[:, :len(block)][:, block != 1], after[:, :len(block)][:, block != 1])
     hobby, background = (torch.tensor([text.view[p] for text in rows[0] for _ in text.ids]) for p in (0, 1))
     before, after = before[0, len(block):], after[0, len(block):]
@@ -1909,9 +1914,9 @@ def test_without_mask_or_views_the_profiles_do_touch(without):
     """The two ablations: soft tokens see the profiles before them; every text sees every profile."""
     for cached in (True, False):
         lm, _, _, batch, theta = case(cached=cached, texts=TEXTS[:1], without=without)
-        before = uip.hidden(lm, batch, theta)[:, batch.slots.start:]
+        before = uip.hidden(lm, batch, theta)[:, batch.slots[0]:]
         theta[:, 0] += torch.randn(2, 32)
-        changed = (uip.hidden(lm, batch, theta)[:, batch.slots.start:] != before).any(-1)[0]
+        changed = (uip.hidden(lm, batch, theta)[:, batch.slots[0]:] != before).any(-1)[0]
         background, evidence = slice(2, 4), slice(4, None)             # columns: θ₁ θ₁ θ₂ θ₂ evidence
         assert changed[background].all() == (without == "mask") and changed[evidence].all()
 
@@ -1946,8 +1951,14 @@ def test_half_precision_lm_with_fp32_theta(dtype):
     assert (found != theta).flatten(1).any(1).all()
 
 
-def test_slow_tokenizers_and_those_without_bos():
-    """ByT5's tokenizer is plain Python: a byte is a token, behind three special ones."""
+def test_slow_tokenizers_and_those_without_bos(tiny):
+    """ByT5's tokenizer is plain Python: a byte is a token, behind three special ones. A fast one may pad and cut."""
+    fast = uip.load_lm(str(tiny), "float32", "cpu")[1]
+    want = uip.Layout.build(SPEC, fast).encode(["9 9", "a long text", ""])
+    assert list(map(len, want)) == [4, 12, 1]                          # its bytes, and the space before it
+    fast.backend_tokenizer.enable_truncation(2)
+    fast.backend_tokenizer.enable_padding(length=30)
+    assert uip.Layout.build(SPEC, fast).encode(["9 9", "a long text", ""]) == want
     for special, bos in (({"bos_token": "!"}, 36), ({}, 1)):           # its EOS where it has no BOS
         layout = uip.Layout.build(SPEC, ByT5Tokenizer(**special))
         assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[35, 60, 35, 60], [35, 60]]
@@ -2001,7 +2012,7 @@ def test_text_gradients_sum_to_the_gradient_of_the_packed_user(kind, m, spec, wi
 def test_hidden_and_reversed_states_are_those_of_a_plain_forward(kind):
     texts = [("title", "red rod reel"), ("title", "9"), ("price", "9"), ("review", "good 9")]
     lm, layout, _, batch, _ = case(kind, texts=[texts])
-    states = uip.hidden(lm, batch, uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1))[0, batch.slots.stop:]
+    states = uip.hidden(lm, batch, uip.shared_prompt(lm, 2).repeat(1, 2, 1, 1))[0, batch.slots[-1] + 1:]
     # user bought red rod reel | user bought 9 | paid 9 | user wrote good 9
     want = torch.stack([states[2:5].sum(0), states[7], states[9], states[12:14].sum(0)])
     assert_close(uip.score_texts(lm, layout, texts).hidden, want)
@@ -2022,11 +2033,14 @@ def test_budget_and_company_do_not_change_the_table(monkeypatch):
     single = uip.score_texts(lm, layout, texts, budget=1)
     turned = uip.score_texts(lm, layout, texts[::-1], budget=40)
     few = uip.score_texts(lm, layout, texts[3:5])
+    assert all(rows == 1 for rows, _ in sizes[:len(texts)]) and max(rows * width for rows, width in sizes) <= 40
+    lines = uip.score_texts(lm, layout, texts, budget=60, columns=30)
+    assert any(width > 2 * max(len(text.split()) for _, text in texts) for _, width in sizes)     # several on a line
     for name, want in whole._asdict().items():
         assert_close(getattr(single, name), want)
+        assert_close(getattr(lines, name), want)
         assert_close(getattr(turned, name).flip(0), want)
         assert_close(getattr(few, name), want[3:5], 2e-5)
-    assert all(rows == 1 for rows, _ in sizes[:len(texts)]) and max(rows * width for rows, width in sizes) <= 40
 
 
 @pytest.mark.parametrize("error", [

@@ -90,7 +90,12 @@ class Layout:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of texts that go on after others: behind a space, whichever way the tokenizer marks one."""
-        before, *found = self.tokenizer(["x", *("x " + text for text in texts)], add_special_tokens=False)["input_ids"]
+        before, = self.tokenizer(["x"], add_special_tokens=False)["input_ids"]
+        texts, backend = ["x " + text for text in texts], getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            found = self.tokenizer(["x", *texts], add_special_tokens=False)["input_ids"][1:]
+        else:                                                          # set up by the call above; a third of its time
+            found = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return [tokens[len(before):] for tokens in found]
 
     def kind(self, name: str) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
@@ -113,28 +118,22 @@ class Layout:
         """C, the number of columns that depend on no user: BOS and the names."""
         return 1 + sum(map(len, self.names))
 
-    def fixed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, blocks and positions [C + P·m] of the columns before the evidence: BOS, all names, all slots of θ.
-
-        Block 0 is BOS, block p+1 is name_p with θ_p. Names stand before slots so that what no user changes comes first.
-        """
-        ids, blocks, positions = [self.bos], [0], [0]
-        for p, name in enumerate(self.names, 1):
-            ids += name
-            blocks += [p] * len(name)
-            positions += range(1, 1 + len(name))
-        for p, name in enumerate(self.names, 1):
-            ids += [self.bos] * self.m                             # replaced by θ
-            blocks += [p] * self.m
-            positions += range(1 + len(name), 1 + len(name) + self.m)
-        return torch.tensor(ids), torch.tensor(blocks), torch.tensor(positions)
+    def prompt(self) -> tuple[list["Text"], list["Text"]]:
+        """What stands before texts: BOS and the names, which depend on no user, and the places of θ (here BOS)."""
+        P = len(self.names)
+        view = [tuple(p == q or not self.own_names for q in range(P)) for p in range(P)]
+        names = [Text([*name], len(name), view[p], p + 1, 1) for p, name in enumerate(self.names)]
+        slots = [Text([self.bos] * self.m, self.m, view[p], p + 1, 1 + len(name)) for p, name in enumerate(self.names)]
+        return [Text([self.bos], 1, (False,) * P, 0, 0), *names], slots
 
 
 class Text(NamedTuple):
-    """One evidence text in tokens."""
+    """An evidence text in tokens; or BOS, a name, or the soft tokens of a profile."""
     ids: list[int]             # the lead's, then the value's
     lead: int                  # how many are the lead's; the likelihood of the others counts
-    view: tuple[bool, ...]     # [P], the profiles that the text sees
+    view: tuple[bool, ...]     # [P], the profiles whose names and soft tokens it sees
+    block: int                 # 0 BOS, p + 1 the name and the soft tokens of profile p, P + 1 evidence
+    start: int                 # position of its first token
 
 
 def pack(users: list[list[tuple[str, str]]], layout: Layout) -> list[list[Text]]:
@@ -143,7 +142,7 @@ def pack(users: list[list[tuple[str, str]]], layout: Layout) -> list[list[Text]]
 
     def in_tokens(kind: str) -> Text:
         lead, view, cut = layout.kind(kind)
-        return Text([*lead, *next(encoded)[:cut]], len(lead), view)
+        return Text([*lead, *next(encoded)[:cut]], len(lead), view, len(view) + 1, layout.start)
 
     return [[in_tokens(kind) for kind, _ in user] for user in users]
 
@@ -154,25 +153,26 @@ def length(row: list[Text]) -> int:
 
 
 class Batch(NamedTuple):
-    """Packed rows as tensors. Columns: [BOS, names | slots of θ | evidence, right-padded]; C, P·m and T of them."""
-    ids: Tensor            # [B, Q] int64; Q = P·m + T with a prefix cache, else C + P·m + T
-    positions: Tensor      # [B, Q] int64
-    mask: Tensor           # [B, 1, Q, K] additive float in the LLM's dtype; K = C + P·m + T
-    slots: slice           # the columns of ids that θ replaces
-    predict: Tensor        # [L] flat index into B × Q of the positions that predict a value token
-    target: Tensor         # [L] the value token
-    row: Tensor            # [L] row of the batch
+    """Rows as tensors, on L lines of K columns: [BOS, names | θ, texts of a row | θ, texts of the next | … padding]."""
+    ids: Tensor            # [L, Q] int64; Q = K − C with a prefix cache, else K
+    positions: Tensor      # [L, Q] int64
+    mask: Tensor           # [L, 1, Q, K] additive float in the LLM's dtype
+    slots: Tensor          # [B·P·m] flat index into L × Q of the columns that θ replaces
+    predict: Tensor        # [V] flat index into L × Q of the positions that predict a value token
+    target: Tensor         # [V] the value token
+    row: Tensor            # [V] the row that it belongs to
     prefix: list | None    # per layer (keys, values) [1, heads, C, head_dim] of BOS and names; None: not cached
 
 
-def visible(block: Tensor, position: Tensor, own: bool = True) -> Tensor:
-    """Own-name mask of the fixed columns, [F, F] bool (query, key): BOS, and causally the own block, nothing else.
+def visible(piece: Tensor, row: Tensor, block: Tensor, view: Tensor) -> Tensor:
+    """Own-name mask, [L, K, K] bool (query, key).
 
-    own = False, the ablation: every column sees all before it, so all names and the soft tokens of earlier profiles.
+    A token sees what stands before it in its own piece, and of BOS, names and soft tokens those in its view that are
+    everybody's (row −1) or its row's. piece, row, block: [L, K]; view: [L, K, P + 2], by block.
     """
-    if not own:
-        return torch.ones(len(block), len(block), dtype=torch.bool).tril()
-    return (block == 0) | (block[:, None] == block) & (position[:, None] >= position)
+    in_view = view.gather(2, block[:, None].expand(-1, block.shape[1], -1))                  # (L, K, K)
+    mine = (row[:, None] < 0) | (row[:, :, None] == row[:, None])
+    return (in_view & mine | (piece[:, :, None] == piece[:, None])).tril()
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,39 +191,42 @@ def fetch(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor) if on_gpu else tensor
 
 
-def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, *, device="cpu",
+def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, *, per_line: int = 1, device="cpu",
             dtype: torch.dtype = torch.float32) -> Batch:
-    """Pads rows into one batch and draws the mask (paper, inference module: causal mask by blocks)."""
-    ids, block, position = layout.fixed()
-    texts = [text for row in rows for text in row]
-    size, lead = torch.tensor([(len(text.ids), text.lead) for text in texts]).long().reshape(-1, 2).unbind(1)
-    view = torch.tensor([text.view for text in texts]).bool().reshape(-1, len(layout.names))     # (texts, P)
-    number = torch.arange(len(texts)).repeat_interleave(size)          # of each token: its text
-    within = torch.arange(len(number)) - (size.cumsum(0) - size)[number]                     # … and its place there
-    lengths = torch.tensor([length(row) for row in rows])
-    filled = torch.arange(int(lengths.max())) < lengths[:, None]       # (B, T)
-    (B, T), F, C = filled.shape, len(ids), layout.cached
+    """Puts rows on lines, each row behind its own soft tokens, and draws the mask (paper: causal mask by blocks).
 
-    def pad(values: Tensor, fill) -> Tensor:
-        return torch.full((B, T), fill, dtype=values.dtype).masked_scatter_(filled, values)
+    per_line: rows on one line. No row sees another, so no value depends on it: a GPU is quick with few full lines, a
+    CPU with many short ones (ours).
+    """
+    (fixed, slots), pieces = layout.prompt(), []                       # of all lines: (line, row, text)
+    for r, row in enumerate(rows):
+        if r % per_line == 0:
+            pieces += [(r // per_line, -1, text) for text in fixed]
+        pieces += [(r // per_line, r, text) for text in (*slots, *row)]
+    tensor = lambda values: torch.from_numpy(np.array(values))         # in a third of torch.tensor's time
+    size = tensor([len(text.ids) for *_, text in pieces])
+    view = tensor([(True, *text.view, False) for *_, text in pieces])  # (pieces, P + 2)
+    piece = torch.arange(len(pieces)).repeat_interleave(size)          # of each token: its piece
+    within = torch.arange(len(piece)) - (size.cumsum(0) - size)[piece]                       # … and its place there
+    line, row, block, start, lead = tensor(
+        [(line, row, text.block, text.start, text.lead) for line, row, text in pieces])[piece].T
+    width = torch.bincount(line)                                       # (L,)
+    filled = torch.arange(int(width.max())) < width[:, None]           # (L, K)
 
-    tokens = pad(torch.tensor(list(chain.from_iterable(text.ids for text in texts))).long(), layout.bos)     # (B, T)
-    text, labels = pad(number, -1), pad(within >= lead[number], False)
-    positions = pad(layout.start + within, layout.start)
+    def pad(values: Tensor, fill: int = 0) -> Tensor:
+        return torch.full(filled.shape, fill, dtype=values.dtype).masked_scatter_(filled, values)
 
-    view_of = torch.cat([torch.ones(B, T, 1, dtype=torch.bool), view[text]], 2)              # BOS is in every view
-    sees = torch.zeros(B, F + T, F + T, dtype=torch.bool)
-    sees[:, :F, :F] = visible(block, position, layout.own_names)
-    sees[:, F:, :F] = view_of[:, :, block]                             # BOS, and the name+θ blocks of its view
-    sees[:, F:, F:] = (text[:, :, None] == text[:, None, :]).tril()    # the tokens before it in its own text
-
-    skip = C if prefix is not None else 0                              # cached columns are keys, not queries
-    full = lambda fixed, tail: torch.cat([fixed[skip:].expand(B, -1), tail], 1)
-    row, label = labels.nonzero(as_tuple=True)                         # (L,) (L,)
-    predict = row * (F - skip + T) + F - skip + label - 1              # the token before predicts it: no lead is empty
-    tensors = full(ids, tokens), full(position, positions), sees[:, skip:], predict, tokens[row, label], row
-    ids, positions, sees, *rest = (send(tensor, device) for tensor in tensors)
-    return Batch(ids, positions, additive(sees, dtype), slice(C - skip, F - skip), *rest, prefix)
+    skip = layout.cached if prefix is not None else 0                  # cached columns are keys, not queries
+    kept = lambda columns: columns[:, skip:]
+    index = lambda where: kept(pad(where)).flatten().nonzero()[:, 0]   # flat, into L × Q
+    tokens = tensor(list(chain.from_iterable(text.ids for *_, text in pieces)))
+    label, theta = within >= lead, (row >= 0) & (block <= len(slots))
+    predict = index(label) - 1                                         # the token before predicts it: no lead is empty
+    batch = kept(pad(tokens, layout.bos)), kept(pad(start + within)), index(theta), predict, tokens[label], row[label]
+    ids, positions, *rest = (send(tensor, device) for tensor in batch)
+    piece, row, block, view = (send(tensor, device) for tensor in (pad(piece, -1), pad(row, -1), pad(block), view))
+    mask = additive(kept(visible(piece, row, block, view[piece])), dtype)
+    return Batch(ids, positions, mask, *rest, prefix)
 
 
 # ----------------------------------------------------------------------------------------------- likelihood
@@ -231,20 +234,17 @@ def collate(rows: list[list[Text]], layout: Layout, prefix: list | None = None, 
 @torch.no_grad()
 def prefix(lm, layout: Layout) -> list:
     """Keys and values of BOS and the names, [1, heads, C, head_dim] per layer: one pass for all users and steps."""
-    ids, block, position = (column[:layout.cached] for column in layout.fixed())
-    mask = additive(visible(block, position, layout.own_names)[None], lm.dtype)
-    ids, position, mask = (send(tensor, lm.device) for tensor in (ids[None], position[None], mask))
-    out = lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=DynamicCache(),
-                        use_cache=True)
+    batch, C = collate([[]], layout, device=lm.device, dtype=lm.dtype), layout.cached
+    out = lm.base_model(input_ids=batch.ids[:, :C], attention_mask=batch.mask[..., :C, :C],
+                        position_ids=batch.positions[:, :C], past_key_values=DynamicCache(), use_cache=True)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
 def hidden(lm, batch: Batch, theta: Tensor) -> Tensor:
-    """Last hidden states of the batch's columns, [B, Q, d] in the LLM's dtype, with θ [B, P, m, d] in its slots."""
-    x = lm.get_input_embeddings()(batch.ids)                           # (B, Q, d)
-    soft = theta.flatten(1, 2).to(x.dtype)                             # (B, P·m, d)
-    x = torch.cat([x[:, :batch.slots.start], soft, x[:, batch.slots.stop:]], 1)
-    each = lambda tensor: tensor.expand(len(x), -1, -1, -1)            # the prefix is that of every row
+    """Last hidden states of the batch's columns, [L, Q, d] in the LLM's dtype, with θ [B, P, m, d] in its slots."""
+    x = lm.get_input_embeddings()(batch.ids)                           # (L, Q, d)
+    x = x.flatten(0, 1).index_copy(0, batch.slots, theta.flatten(0, 2).to(x.dtype)).view_as(x)
+    each = lambda tensor: tensor.expand(len(x), -1, -1, -1)            # the prefix is that of every line
     cached = DynamicCache([(each(k), each(v)) for k, v in batch.prefix]) if batch.prefix is not None else None
     return lm.base_model(inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions,
                          past_key_values=cached, use_cache=cached is not None).last_hidden_state
@@ -257,10 +257,10 @@ def nll(lm, batch: Batch, theta: Tensor, states: Tensor | None = None) -> Tensor
     only where a value token is predicted. states: hidden(lm, batch, theta), if already there.
     """
     states = hidden(lm, batch, theta) if states is None else states
-    logits = lm.get_output_embeddings()(states.flatten(0, 1)[batch.predict])                 # (L, V)
+    logits = lm.get_output_embeddings()(states.flatten(0, 1)[batch.predict])                 # (V, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")         # (L,)
-    return torch.zeros(len(batch.ids), dtype=loss.dtype, device=loss.device).index_add(0, batch.row, loss)
+    loss = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")         # (V,)
+    return torch.zeros(len(theta), dtype=loss.dtype, device=loss.device).index_add(0, batch.row, loss)
 
 
 # ----------------------------------------------------------------------------------------------- text table
@@ -296,7 +296,7 @@ def auto_budget(lm) -> int:
     if lm.device.type != "cuda":
         return 1024
     layers, width, size = lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype.itemsize
-    per_token = 24 * layers * width * size + 16 * lm.config.vocab_size
+    per_token = 16 * layers * width * size + 10 * lm.config.vocab_size             # measured: results/bench/gpu.json
     return max(1024, min(65536, torch.cuda.mem_get_info(lm.device)[0] // 2 // per_token))
 
 
@@ -329,7 +329,7 @@ def rows_by_view(layout: Layout, texts: list[tuple[str, str]]):
 
 
 def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor | None = None, *, budget: int = 1024,
-                tick=lambda texts: None) -> TextTable:
+                columns: int | None = None, tick=lambda texts: None) -> TextTable:
     """One forward and backward pass per text (ours: gradients of users are sums over their texts).
 
     texts: [(kind, value), …], each once. theta: [P, m, d] soft tokens, θ⁰ by default. budget: padded tokens in one
@@ -338,28 +338,31 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     """
     P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)
     theta = (shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta).to(lm.device)             # (P, m, d)
+    columns = columns or (64 if lm.device.type == "cuda" else 1)
     blank = lambda *shape: torch.zeros(shape, device=lm.device)
     table = TextTable(blank(T), torch.zeros(T), blank(T, P, m * d), blank(T, d))
     for members, rows, part, seen in rows_by_view(layout, texts):
         cache, start = prefix(lm, part), theta[seen]
         check_context(lm, part, rows)
+        lengths = [length(row) + m * len(part.names) for row in rows]
         table.tokens[members] = torch.tensor([float(len(text.ids) - text.lead) for text, in rows])
 
         def run(indices: list[int]) -> None:
-            batch = collate([rows[i] for i in indices], part, cache, device=lm.device, dtype=lm.dtype)
+            batch = collate([rows[i] for i in indices], part, cache, per_line=max(1, columns // lengths[indices[0]]),
+                            device=lm.device, dtype=lm.dtype)
             at = send(members[indices], lm.device)
             x = start.expand(len(indices), -1, -1, -1).contiguous().requires_grad_()
             states = hidden(lm, batch, x)
             value = nll(lm, batch, x, states)
             grad, = torch.autograd.grad(value.sum(), x)                # (B, P of the view, m, d)
-            after = states.detach().flatten(0, 1)[batch.predict + 1].float()                 # (L, d)
+            after = states.detach().flatten(0, 1)[batch.predict + 1].float()                 # (V, d)
             table.nll[at] = value.detach().float()
             table.hidden[at] = blank(len(indices), d).index_add(0, batch.row, after)
             for column, p in enumerate(seen):
                 table.gradient[at, p] = grad[:, column].flatten(1).float()
             tick(len(indices))
 
-        run_batches([length(row) + m * len(part.names) for row in rows], budget, run)
+        run_batches(lengths, budget, run)
     if not (table.nll.isfinite().all() and table.gradient.isfinite().all()):
         raise ValueError(f"likelihood or gradient is not finite in {lm.dtype}: try --dtype bfloat16 or float32")
     return TextTable(*map(fetch, table))
@@ -611,8 +614,8 @@ def computes_bf16(device: str) -> bool:
 def check_lm(lm) -> None:
     """ValueError for an LM that reads a packed row otherwise than its texts one by one (ALiBi, local windows, …)."""
     layout = Layout(("a", "b"), names=((4, 5), (6, 7)), kinds={}, bos=1, tokenizer=None, m=2, start=5)
-    texts = [Text([8, i, i + 1, i + 2], 1, (True, False)) for i in range(10, 26)]
-    texts += [Text([9, 8, i, i + 2], 2, (False, True)) for i in range(30, 40)]
+    texts = [Text([8, i, i + 1, i + 2], 1, (True, False), 3, layout.start) for i in range(10, 26)]
+    texts += [Text([9, 8, i, i + 2], 2, (False, True), 3, layout.start) for i in range(30, 40)]
     theta = lm.get_input_embeddings().weight[10:14].float().reshape(1, 2, 2, -1)
     ids = torch.arange(3, 43, device=lm.device)[None]
     causal = additive(torch.ones(1, 40, 40, dtype=torch.bool, device=lm.device).tril(), lm.dtype)
@@ -776,7 +779,7 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
                               "code": data.sha256_of(Path(__file__))}, args.restart)
     barrier()
     lm, tokenizer = model()
-    gc.freeze()                                                        # Python's collector need not visit the LLM again
+    gc.set_threshold(100_000)                                          # a GPU would wait for Python's collector
     layout, began = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without), time.time()
     log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
     pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}

@@ -172,7 +172,7 @@ def text_speed(lm, layout, texts: list, *, budget: int | None = None, repeat: in
             x = theta.to(model.device).expand(len(part), -1, -1, -1).contiguous().requires_grad_()
             naive_nll(model, layout, part, x).sum().backward()
 
-    gc.freeze()                                                        # as uip.py fit does
+    gc.set_threshold(100_000)                                          # as uip.py fit does
     ways = {"ours": ours, "limit": limit, "naive_same_dtype": lambda: naive_way(lm)}
     if full is not None:
         ways["naive"] = lambda: naive_way(full)
