@@ -483,6 +483,7 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
                                    user[:len(few)])
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
                                                  directions)
+    v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()        # else numbers of equal codes were up to LAPACK
     list_z = sum_texts(indptr, text, (centred @ v).float())            # (V, q)
     z = sum_texts(begin, told, list_z).double()
     if len(paired) >= 2:                                               # noise: how far halves differ, per weight

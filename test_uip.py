@@ -1279,6 +1279,21 @@ def test_more_dimensions_than_users_make_no_direction_out_of_noise():
     assert book.eigenvalues[0] < 1.5 * book.chance and book.directions.shape[1] < 4
 
 
+@pytest.mark.parametrize("without", ["", "signal"])
+def test_the_signs_of_eigenvectors_number_no_code(without, monkeypatch):
+    """They differ between machines; codes of equally many users are numbered by their coordinates."""
+    evidence, user, item, _ = planted_evidence(users=120)
+    want, honest = codebook.fit_codebook(evidence, user, item, 120, 3, without=without), torch.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = honest(matrix)
+        return values, vectors * (torch.arange(len(values)) % 3 - 0.5).sign()
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    book, z, _ = codebook.fit_codebook(evidence, user, item, 120, 3, without=without)
+    assert torch.allclose(book.mu, want[0].mu) and torch.allclose(z, want[1])
+
+
 def test_noise_is_found_where_those_with_two_rows_come_last():
     evidence, user, item, _ = planted_evidence(users=60)
     many = torch.cat([torch.arange(100), user + 100])                  # 100 users of one row each, in front
