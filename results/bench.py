@@ -512,7 +512,8 @@ class GPU:
         here, again, cpu = (self.ids(source, (4, 3), device)[0] for device in (self.device, self.device, "cpu"))
         x, y = random_rows(20_000)
         score = [deepfm_epoch(x.to(device), y.to(device), 18_000)[1] for device in (self.device, "cpu")]
-        return {"equal_to_cpu": min(same_ids(here, cpu)), "fit_twice_equal": min(same_ids(here, again)), "auc": score,
+        return {"equal_to_cpu": min(same_ids(here, cpu)), "fit_twice_equal": min(same_ids(here, again)),
+                "ari_to_cpu": [ari(*map(Tensor.numpy, pair)) for pair in zip(here, cpu)], "auc": score,
                 "auc_gap": score[0] - score[1]}
 
     def text_speed(self, lm, tokenizer, count: int) -> dict:
@@ -550,6 +551,12 @@ class GPU:
                                      "ari_to_cpu": [ari(*map(Tensor.numpy, pair)) for pair in zip(ids, cpu)]}
         return found
 
+    def demo(self) -> dict:
+        """The demo on this machine, by the summary that reproduce.sh wrote; env and lm depend on a network."""
+        summary = data.read_json(Path(self.args.demo, "summary.json"), "seconds", "ari", "auc")
+        return {"demo_seconds": {stage: summary["seconds"][stage] for stage in ("data", "profiles", "bank", "ctr")},
+                "ari": summary["ari"], "auc": summary["auc"]}
+
 
 def bench_gpu(args) -> dict:
     """What one GPU is asked for, each part guarded: a failed part is recorded, and the rest goes on."""
@@ -561,7 +568,8 @@ def bench_gpu(args) -> dict:
              f"{gpu.shape}, bfloat16": lambda: gpu.text_speed(*gpu.model(half), 16_384), "k-means": gpu.kmeans,
              "Llama-2-7B, random weights": lambda: gpu.text_speed(*random_lm(large, gpu.device, half), 2048),
              "50,000 texts": gpu.many_texts, **({"Office_Products": gpu.office} if args.office else {}),
-             "planted shop": lambda: scale_speed(500 if args.small else 1_000_000, device=gpu.device, epoch=True)}
+             "planted shop": lambda: scale_speed(500 if args.small else 1_000_000, device=gpu.device, epoch=True),
+             **({"demo": gpu.demo} if args.demo else {})}
     found = {"machine": machine(gpu.device), "gpu": []}
     for name, part in parts.items():
         start = time.time()
@@ -601,6 +609,7 @@ def main(argv: list[str] | None = None) -> None:
             ("em", "repeat", 3, whole, "turns after the warm-up"),
             ("gpu scale", "office", None, str, "folder of Office_Products, made by data.py; needs --profiles"),
             ("gpu scale", "profiles", None, str, "what uip.py fit made of it on a CPU"),
+            ("gpu", "demo", None, str, "folder of the demo's records, made by reproduce.sh on this machine"),
             ("gpu", "minutes", 7, whole, "no part starts after so many"),
             ("bank", "users", 10_000_000, whole, "users"),
             ("scale", "users", [1000, 100_000], whole, "users of each shop, ascending")):

@@ -417,7 +417,7 @@ GPU_FIGURES = (
     ("seconds of the text table", ".1f", lambda part: float(part["seconds"])),
     ("seconds of the text table, {dtype}", ".1f", lambda part: part["table_s"]),
     ("users with the CPU's ID, {dtype}", ".1%", lambda part: min(part["equal_to_cpu"])),
-    ("adjusted Rand index of these and the CPU's IDs, {dtype}", ".2f", lambda part: min(part["ari_to_cpu"])),
+    ("adjusted Rand index of these and the CPU's IDs", ".2f", lambda part: min(part["ari_to_cpu"])),
     ("users of the shop", ",", lambda part: part["users_per_s"] and part["users"]),
     ("users per second behind the table", ",.0f", lambda part: part["users_per_s"]))
 
@@ -515,9 +515,16 @@ def block_demo(records: list[Record], _) -> str:
     return text
 
 
-def block_seconds(records: list[Record], _) -> str:
-    took = next((one.read("summary").get("seconds", {}) for one in records if one.name == "demo"), {})
-    return took and table("|".join(["stage", *took]), [["seconds", *map(str, took.values())]])
+def block_seconds(records: list[Record], root: Path) -> str:
+    """Seconds of the demo's stages, a row per machine; blank where they depend on a network that was not there."""
+    demo = next((one for one in records if one.name == "demo"), None)
+    took = demo.read("summary").get("seconds", {}) if demo else {}
+    gpu = read_if_there(root / "bench/gpu.json")
+    there = next((part["demo_seconds"] for part in gpu.get("gpu", []) if "demo_seconds" in part), {})
+    found = [("{processor}, {cores} cores", demo.meta["run"]["machine"], took)] if took else []
+    found += [("{gpu}, {cores} cores", gpu["machine"], there)] if there else []
+    return took and table("|".join(["seconds", *took]), [
+        [name.format_map(machine), *(str(seconds.get(stage, "")) for stage in took)] for name, machine, seconds in found])
 
 
 SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
