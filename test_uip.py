@@ -1969,11 +1969,12 @@ def test_half_precision_lm_with_fp32_theta(dtype):
 def test_slow_tokenizers_and_those_without_bos(tiny):
     """ByT5's tokenizer is plain Python: a byte is a token, behind three special ones. A fast one may pad and cut."""
     fast = uip.load_lm(str(tiny), "float32", "cpu")[1]
-    want = uip.Layout.build(SPEC, fast).encode(["9 9", "a long text", ""])
+    layout = uip.Layout.build(SPEC, fast)
+    want = layout.encode(["9 9", "a long text", ""])
     assert list(map(len, want)) == [4, 12, 1]                          # its bytes, and the space before it
     fast.backend_tokenizer.enable_truncation(2)
     fast.backend_tokenizer.enable_padding(length=30)
-    assert uip.Layout.build(SPEC, fast).encode(["9 9", "a long text", ""]) == want
+    assert layout.encode(["9 9", "a long text", ""]) == want
     for special, bos in (({"bos_token": "!"}, 36), ({}, 1)):           # its EOS where it has no BOS
         layout = uip.Layout.build(SPEC, ByT5Tokenizer(**special))
         assert layout.bos == bos and layout.encode(["9 9", "9"]) == [[35, 60, 35, 60], [35, 60]]
@@ -2049,8 +2050,9 @@ def test_budget_and_company_do_not_change_the_table(monkeypatch):
     turned = uip.score_texts(lm, layout, texts[::-1], budget=40)
     few = uip.score_texts(lm, layout, texts[3:5])
     assert all(rows == 1 for rows, _ in sizes[:len(texts)]) and max(rows * width for rows, width in sizes) <= 40
+    sizes.clear()
     lines = uip.score_texts(lm, layout, texts, budget=60, columns=30)
-    assert any(width > 2 * max(len(text.split()) for _, text in texts) for _, width in sizes)     # several on a line
+    assert 20 < max(width for _, width in sizes) <= 30                 # several texts on a line
     for name, want in whole._asdict().items():
         assert_close(getattr(single, name), want)
         assert_close(getattr(lines, name), want)
