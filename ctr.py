@@ -480,8 +480,8 @@ def run_one(source, fold: Fold, columns: np.ndarray, sizes: list[int], model: st
     torch.manual_seed(seed)
     net = MODELS[model](fold.sizes + sizes, dim=args.dim).to(args.device)
     torch.manual_seed(seed)                            # the same dropout masks, whatever the number of fields
-    keys = ("lr", "batch", "epochs", "patience", "l2")
-    best, epoch, ran = fit(net, *parts[:2], **{key: getattr(args, key) for key in keys}, seed=seed)
+    best, epoch, ran = fit(net, *parts[:2], lr=args.lr[model], l2=args.l2[model], batch=args.batch, epochs=args.epochs,
+                           patience=args.patience, seed=seed)
     y, logits, row = fold.y[part == 2], predict(net, parts[2][0]), fold.row[part == 2]
     rounded = lambda value: None if math.isnan(value) else round(value, 6)
     figures = {"auc": rounded(auc(y, logits)), "gauc": rounded(gauc(source.user[row], y, logits)),
@@ -518,6 +518,17 @@ def choose(text: str, valid, option: str) -> list[str]:
     if wrong or not names:
         raise data.CommandError(2, f"{option}: {wrong[0] if wrong else 'nothing'!r} is none of {', '.join(valid)}")
     return names
+
+
+def by_model(text: str) -> dict[str, float]:
+    """The argparse type of --lr and --l2: "0.01", or "0.001,lr=0.01,fm=0.03", where some models have their own."""
+    found = {}
+    for part in text.split(","):
+        model, _, value = part.rpartition("=")
+        found |= dict.fromkeys([model] if model else MODELS, data.nonnegative_float(value))
+    if set(found) != set(MODELS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number for each of {', '.join(MODELS)}")
+    return found
 
 
 def check_fold(fold: Fold, number: int) -> None:
@@ -728,8 +739,8 @@ def main(argv: list[str] | None = None) -> None:
             ("without", "", ["em", "kmeans", "signal", "time", "ties", *MEASUREMENT],
              "leave a part out; blank: as fitted"),
             ("dim", 8, data.positive_int, "width of embeddings"),
-            ("lr", 0.01, data.nonnegative_float, "learning rate"),
-            ("l2", 1e-5, data.nonnegative_float, "weight decay of the embedding table"),
+            ("lr", "0.01", by_model, "learning rate; also 0.001,lr=0.01,fm=0.03: some models with their own"),
+            ("l2", "1e-5", by_model, "weight decay of the embedding table; also by model"),
             ("batch", 256, data.positive_int, "rows per step"),
             ("epochs", 50, data.positive_int, "at most"),
             ("patience", 3, data.positive_int, "epochs without a better validation AUC"),

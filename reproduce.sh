@@ -265,7 +265,8 @@ real() {
   done
   stage tables "ctr.py results/report.py" "backbones-new backbones-warm" "$RESULTS/README.md" "$PAGES"
 }
-CLICK="--lr 0.001 --l2 0.001 --batch 1024"      # chosen by the validation AUC of DeepFM without IDs: results/log.md
+# Chosen for each model by the validation AUC without IDs: results/log.md.
+CLICK="--lr 0.001,lr=0.01,fm=0.03 --l2 0.001,lr=0.00001,fm=0.0001 --batch 1024"
 
 every_set() {
   local set raw flags="${CAP:+ --users $CAP}${REVIEWS:+ --reviews $REVIEWS}"

@@ -3002,8 +3002,8 @@ def shop_folder(tmp_path_factory):
 
 def options(**how):
     return SimpleNamespace(**{"directions": 16, "codebook_seed": 0, "without": "", "sure": 0.0, "kinds": None,
-                              "protocol": "warm", "device": "cpu", "dim": 4, "lr": 0.01, "batch": 256, "epochs": 1,
-                              "patience": 1, "l2": 1e-5, **how})
+                              "protocol": "warm", "device": "cpu", "dim": 4, "lr": dict.fromkeys(ctr.MODELS, 0.01),
+                              "l2": dict.fromkeys(ctr.MODELS, 1e-5), "batch": 256, "epochs": 1, "patience": 1, **how})
 
 
 def features_of(source, table, protocol="warm", fold=0, **how):
@@ -3322,7 +3322,8 @@ def test_runs_of_other_settings_data_table_or_code_are_refused_by_name(shop_fold
     assert call(ctr, *words)[0] == 0
     whole, meta = (out / "runs.jsonl").read_bytes(), json.loads((out / "meta.json").read_text())
     write_fake_profiles(tmp_path / "other", shop_folder[2], seed=1)           # another text table of the same LLM
-    for more, says in ((["--lr", "0.02"], "lr: 0.01 → 0.02"), (["--sure", "0.5"], "sure: 0.0 → 0.5"),
+    for more, says in ((["--lr", "0.01,fm=0.02"], "'dcn': 0.01} → {'lr': 0.01, 'fm': 0.02, "),
+                       (["--sure", "0.5"], "sure: 0.0 → 0.5"),
                        (["--codes", "2,3"], "codes: [4, 3] → [2, 3]"), (["--profiles", tmp_path / "other"], "table: "),
                        (["--label", "chosen"], "label: liked → chosen"),
                        (["--protocol", "new"], "protocol: warm → new")):
@@ -3335,6 +3336,18 @@ def test_runs_of_other_settings_data_table_or_code_are_refused_by_name(shop_fold
     assert (out / "runs.jsonl").read_bytes() == whole
     code, text, _ = call(ctr, *words, "--lr", "0.02", "--restart")
     assert code == 0 and "2 runs, 0 of them from before" in text and (out / "runs.jsonl").read_bytes() != whole
+
+
+def test_each_model_has_its_own_learning_rate_and_weight_decay(shop_folder, tmp_path, monkeypatch):
+    seen, honest = [], ctr.optimiser
+    monkeypatch.setattr(ctr, "optimiser", lambda net, *how: seen.append((type(net), *how)) or honest(net, *how))
+    words = run_words(shop_folder, tmp_path / "out", "--lr", "0.001,fm=0.03", "--l2", "0.1,lr=0,fm=1", models="lr,fm,dcn",
+                      features="none")
+    assert call(ctr, *words)[0] == 0
+    assert set(seen) == {(ctr.LR, 0.001, 0), (ctr.FM, 0.03, 1), (ctr.DCN, 0.001, 0.1)}
+    for wrong in ("fm=0.03", "0.01,gbdt=0.1", "0.01,fm=", "0.01,fm=-1"):
+        code, _, err = call(ctr, *words, "--lr", wrong)
+        assert code == 2 and "argument --lr" in err
 
 
 def test_codebooks_are_made_as_uip_fit_was_told_unless_ctr_is_told_otherwise(shop_folder, tmp_path, monkeypatch):
