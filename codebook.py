@@ -224,10 +224,11 @@ def canonical_order(centroids: Tensor, ids: Tensor) -> Tensor:
 @torch.enable_grad()
 def vq(x: Tensor, k: int, *, steps: int = 1000, lr: float = 0.01, batch: int = 8,
        generator: torch.Generator | None = None) -> Clusters:
-    """The gradient-trained codebook of the authors' code, for the ablation: on small data it collapses.
+    """The gradient-trained codebook of the authors' code, for the ablation.
 
     x [N, d]. Codes start in U(−1/K, 1/K), Adam lowers ‖sg[x] − e‖² to the nearest code on random minibatches,
-    and nothing brings back a code that nobody is near. history: the minibatch loss per row, times N.
+    and nothing brings back a code that nobody is near: where x has a large common part, it collapses to one code.
+    history: the minibatch loss per row, times N.
     """
     generator = generator or torch.Generator().manual_seed(0)
     codes = (2 * torch.rand(k, x.shape[1], generator=generator) - 1) / k                    # (K, d)

@@ -21,6 +21,7 @@
 #           amazon18:X, amazon23:X, nete:PATH    RAW    folder with the data's files, if got by hand [download]
 #   CODES   codes per profile on real data [16,16] CAP    users of each set, drawn by a hash [all]
 #   REVIEWS rows of a user that also tell their review sentence, in `full`; each costs LLM time [none]
+#   UIP_MIRROR  http://host/dir in place of all hosts of data [none]
 #   RESULTS where results go [results; runs/results if USERS, SEEDS, MODELS, CODES, CAP, REVIEWS, DTYPE or LM are set,
 #           so that the published ones stay]
 #   VENV    where the packages live [.venv]      PYTHON to make it with [the first python3 ≥ 3.10]

@@ -485,7 +485,7 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
 
 def tune_users(lm, layout: Layout, rows: list[list[Text]], theta: Tensor, *, steps: int = 3, lr: float = 0.02,
                budget: int = 1024, tick=lambda users: None) -> tuple[Tensor, Tensor]:
-    """Per-user prompt tuning, the paper's letter and our reference: `steps` of Adam on each user's own θ.
+    """Per-user prompt tuning, as the paper describes it, our reference: `steps` of Adam on each user's own θ.
 
     rows: B packed users with evidence; theta: [B, P, m, d] where they start. Keeps each user's best iterate.
     → (theta [B, P, m, d], nll [B]); no user's NLL is worse than at the start. The text table replaces it: the first
