@@ -522,13 +522,11 @@ def choose(text: str, valid, option: str) -> list[str]:
 
 def by_model(text: str) -> dict[str, float]:
     """The argparse type of --lr and --l2: "0.01", or "0.001,lr=0.01,fm=0.03", where some models have their own."""
-    found = {}
-    for part in text.split(","):
-        model, _, value = part.rpartition("=")
-        found |= dict.fromkeys([model] if model else MODELS, data.nonnegative_float(value))
-    if set(found) != set(MODELS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number for each of {', '.join(MODELS)}")
-    return found
+    first, *others = text.split(",")
+    own = dict(part.split("=", 1) for part in others if "=" in part)
+    if len(own) < len(others) or not own.keys() <= MODELS.keys():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, and then MODEL=NUMBER of {', '.join(MODELS)}")
+    return {model: data.nonnegative_float(own.get(model, first)) for model in MODELS}
 
 
 def check_fold(fold: Fold, number: int) -> None:

@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, LlamaConfig, MistralConfig, MptConfig,
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, GPTNeoConfig, LlamaConfig, MistralConfig,
+                          MptConfig, PreTrainedTokenizerFast, Qwen2Config)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
@@ -1889,9 +1889,10 @@ def test_mask_by_hand():
     assert batch.predict.tolist() == [8, 10] and batch.target.tolist() == batch.ids[0, [9, 11]].tolist()
 
 
+@pytest.mark.parametrize("without", ["", "mask", "views"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_padding_and_order_of_evidence_change_nothing(cached):
-    lm, layout, rows, batch, theta = case(cached=cached)
+def test_padding_and_order_of_evidence_change_nothing(cached, without):
+    lm, layout, rows, batch, theta = case(cached=cached, without=without)
     want, cache = uip.nll(lm, batch, theta), uip.prefix(lm, layout) if cached else None
     alone = [uip.nll(lm, uip.collate([row], layout, cache), theta[u:u + 1]) for u, row in enumerate(rows)]
     assert_close(torch.cat(alone), want)
@@ -2306,8 +2307,11 @@ def test_lms_that_cannot_read_packed_rows_are_refused():
     alibi = AutoModelForCausalLM.from_config(MptConfig(**shape, initializer_range=0.4)).eval().requires_grad_(False)
     window, squashed = tiny_lm("mistral"), tiny_lm()
     window.config.sliding_window = 4
+    local = GPTNeoConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=512,
+                         attention_types=[[["global", "local"], 1]], initializer_range=0.4)      # of 256 columns
+    wide = AutoModelForCausalLM.from_config(local).eval().requires_grad_(False)
     squashed.forward = lambda **how: SimpleNamespace(logits=tiny_lm()(**how).logits.tanh())  # more than its head does
-    for wrong in (alibi, window, squashed):
+    for wrong in (alibi, window, wide, squashed):
         with pytest.raises(ValueError, match="not supported"):
             uip.check_lm(wrong)
 
@@ -3345,7 +3349,7 @@ def test_each_model_has_its_own_learning_rate_and_weight_decay(shop_folder, tmp_
                       features="none")
     assert call(ctr, *words)[0] == 0
     assert set(seen) == {(ctr.LR, 0.001, 0), (ctr.FM, 0.03, 1), (ctr.DCN, 0.001, 0.1)}
-    for wrong in ("fm=0.03", "0.01,gbdt=0.1", "0.01,fm=", "0.01,fm=-1"):
+    for wrong in ("fm=0.03", "0.01,gbdt=0.1", "0.01,fm=", "0.01,fm=-1", "0.01,0.1", "0.01,fm=1,fm=2", "0.01,=1"):
         code, _, err = call(ctr, *words, "--lr", wrong)
         assert code == 2 and "argument --lr" in err
 

@@ -182,7 +182,8 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 def send(tensor: Tensor, device) -> Tensor:
     """A tensor of the CPU on another device. From pinned memory, a copy does not wait for the GPU's work."""
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    on_gpu = torch.device(device).type == "cuda"                       # what is not contiguous would not be pinned
+    return (tensor.contiguous().pin_memory() if on_gpu else tensor).to(device, non_blocking=True)
 
 
 def fetch(tensor: Tensor) -> Tensor:
@@ -297,7 +298,8 @@ def auto_budget(lm) -> int:
         return 1024
     layers, width, size = lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype.itemsize
     per_token = 16 * layers * width * size + 10 * lm.config.vocab_size             # measured: results/bench/gpu.json
-    return max(1024, min(65536, torch.cuda.mem_get_info(lm.device)[0] // 2 // per_token))
+    idle = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)    # kept by torch for later
+    return max(1024, min(65536, (torch.cuda.mem_get_info(lm.device)[0] + idle) // 2 // per_token))
 
 
 def run_batches(lengths: list[int], budget: int, run) -> None:
@@ -333,8 +335,8 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     """One forward and backward pass per text (ours: gradients of users are sums over their texts).
 
     texts: [(kind, value), …], each once. theta: [P, m, d] soft tokens, θ⁰ by default. budget: padded tokens in one
-    pass, halved when memory runs out. columns: as many texts as fit into so many share a line, by default 64 on a GPU;
-    on a CPU each has its own. Raises ValueError where the likelihood is not finite or a text exceeds the LLM's context.
+    pass, up to one line more, halved when memory runs out. columns: as many texts as fit into so many share a line, by
+    default 64 on a GPU; on a CPU each has its own. Raises ValueError where the likelihood is not finite or a text exceeds the LLM's context.
     """
     P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)
     theta = (shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta).to(lm.device)             # (P, m, d)
@@ -624,14 +626,14 @@ def check_lm(lm) -> None:
     value = lambda logits: float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]))
     try:
         states = lm.base_model(input_ids=ids, attention_mask=causal, use_cache=False).last_hidden_state
-        pairs = ((total([texts], prefix(lm, layout)), total([[text] for text in texts], None)),      # packed, alone
+        pairs = ((total([3 * texts], prefix(lm, layout)), 3 * total([[text] for text in texts], None)),
                  (value(lm.get_output_embeddings()(states)), value(lm(input_ids=ids, use_cache=False).logits)))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a {lm.config.model_type} LM is not supported ({error})") from None
     if not math.isfinite(sum(map(sum, pairs))):
         raise ValueError(f"the likelihood is not finite in {lm.dtype}: try --dtype bfloat16 or float32; if it is not "
                          "finite there, the weights are damaged")
-    for ours, plain in pairs:                                          # the second: our causal mask, and its own
+    for ours, plain in pairs:      # packed (longer than a usual local window, 256) and alone; our causal mask, its own
         if not math.isclose(ours, plain, rel_tol=1e-4 if lm.dtype == torch.float32 else 5e-3):
             raise ValueError(f"a {lm.config.model_type} LM is not supported: it reads a packed row otherwise than its "
                              f"texts one by one (−log P {ours:.3f} and {plain:.3f})")

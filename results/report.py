@@ -518,12 +518,13 @@ def block_seconds(records: list[Record], root: Path) -> str:
     """Seconds of the demo's stages, a row per machine; blank where they depend on a network that was not there."""
     demo = next((one for one in records if one.name == "demo"), None)
     took = demo.read("summary").get("seconds", {}) if demo else {}
-    gpu = read_if_there(root / "bench/gpu.json")
+    gpu, run = read_if_there(root / "bench/gpu.json"), demo.meta["run"] if took else {}
     there = next((part["demo_seconds"] for part in gpu.get("gpu", []) if "demo_seconds" in part), {})
-    found = [("{processor}, {cores} cores", demo.meta["run"]["machine"], took)] if took else []
-    found += [("{gpu}, {cores} cores", gpu["machine"], there)] if there else []
-    return took and table("|".join(["seconds", *took]), [
-        [name.format_map(machine), *(str(seconds.get(stage, "")) for stage in took)] for name, machine, seconds in found])
+    name = lambda machine, gpu: "{}, {cores} cores".format(gpu or machine["processor"], **machine)
+    rows = [[name(run["machine"], run.get("gpu", {}).get("name")), *map(str, took.values())]] if took else []
+    if there:
+        rows += [[name(gpu["machine"], gpu["machine"].get("gpu")), *(str(there.get(stage, "")) for stage in took)]]
+    return took and table("|".join(["seconds", *took]), rows)
 
 
 SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
