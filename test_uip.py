@@ -3345,8 +3345,8 @@ def test_runs_of_other_settings_data_table_or_code_are_refused_by_name(shop_fold
 def test_each_model_has_its_own_learning_rate_and_weight_decay(shop_folder, tmp_path, monkeypatch):
     seen, honest = [], ctr.optimiser
     monkeypatch.setattr(ctr, "optimiser", lambda net, *how: seen.append((type(net), *how)) or honest(net, *how))
-    words = run_words(shop_folder, tmp_path / "out", "--lr", "0.001,fm=0.03", "--l2", "0.1,lr=0,fm=1", models="lr,fm,dcn",
-                      features="none")
+    own = "--lr", "0.001,fm=0.03", "--l2", "0.1,lr=0,fm=1"
+    words = run_words(shop_folder, tmp_path / "out", *own, models="lr,fm,dcn", features="none")
     assert call(ctr, *words)[0] == 0
     assert set(seen) == {(ctr.LR, 0.001, 0), (ctr.FM, 0.03, 1), (ctr.DCN, 0.001, 0.1)}
     for wrong in ("fm=0.03", "0.01,gbdt=0.1", "0.01,fm=", "0.01,fm=-1", "0.01,0.1", "0.01,fm=1,fm=2", "0.01,=1"):

@@ -336,7 +336,8 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
 
     texts: [(kind, value), …], each once. theta: [P, m, d] soft tokens, θ⁰ by default. budget: padded tokens in one
     pass, up to one line more, halved when memory runs out. columns: as many texts as fit into so many share a line, by
-    default 64 on a GPU; on a CPU each has its own. Raises ValueError where the likelihood is not finite or a text exceeds the LLM's context.
+    default 64 on a GPU; on a CPU each has its own. Raises ValueError where the likelihood is not finite or a text
+    exceeds the LLM's context.
     """
     P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)
     theta = (shared_prompt(lm, m).repeat(P, 1, 1) if theta is None else theta).to(lm.device)             # (P, m, d)
