@@ -46,18 +46,14 @@ class Clusters(NamedTuple):
 
 
 def rows_per_chunk(x: Tensor) -> int:
-    """Rows of x [N, d] to handle at once: 8 MB stay in a CPU's cache between two products, a GPU wants larger pieces.
-
-    At most 8,192 on a CPU, whose sums over a chunk are fp32, one row after the other.
-    """
-    width = max(1, x.shape[1])
-    return max(1, min(8192, 2**21 // width) if x.device.type == "cpu" else 2**26 // width)
+    """Rows of x [N, d] to handle at once: 8 MB stay in a CPU's cache, a GPU wants larger pieces."""
+    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
 
 
 def nearest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
     """argmin_k |c_k|²/2 − x·c_k for x [n, d], c [K, d], half = |c|²/2 [K] → [n] (|x|² is the same for all codes)."""
     scores = torch.addmm(half, x, c.T, alpha=-1)                       # (n, K)
-    if scores.device.type == "cpu":                                    # numpy's argmin: half the time for many codes
+    if scores.device.type == "cpu" and len(c) > 8:                     # numpy's argmin: half the time for many codes
         return torch.from_numpy(scores.numpy().argmin(1))
     return scores.argmin(1)
 
@@ -99,12 +95,12 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return x[chosen]
 
 
-def sums_by_code(rows: Tensor, codes: Tensor, k: int) -> Tensor:
-    """Σ of the rows [m, d] of each code [m] → [k, d]. Adding rows is d operations a row, a one-hot product k · d;
-    but on a GPU only the product gives the same bits every time."""
-    if rows.device.type == "cpu":
-        return rows.new_zeros(k, rows.shape[1]).index_add_(0, codes, rows)
-    return (torch.arange(k, device=rows.device)[:, None] == codes).float() @ rows
+def sums_by_code(x: Tensor, rows: Tensor, codes: Tensor, k: int, most: int = 2048) -> Tensor:
+    """Σ of x [N, d] over the `rows` [m] of each code [m] → [k, d] fp64: at most 2,048 in fp32, their sums in fp64."""
+    codes, order = codes.sort(stable=True)
+    start, runs = torch.searchsorted(codes, torch.arange(k + 1, device=x.device)), len(codes) // most + 1
+    begin = start[:-1, None] + start.diff()[:, None] * torch.arange(runs, device=x.device) // runs      # (k, runs)
+    return F.embedding_bag(rows[order], x, begin.flatten(), mode="sum").view(k, runs, -1).sum(1, dtype=torch.float64)
 
 
 def assign_and_accumulate(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> int:
@@ -112,18 +108,15 @@ def assign_and_accumulate(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> in
 
     Only rows that moved change the sums (ours): soon they are few. ids start at −1, no code's row.
     """
-    half, moved = 0.5 * c.square().sum(1), 0
-    for part, old in zip(x.split(rows_per_chunk(x)), ids.split(rows_per_chunk(x))):
-        new = nearest(part, c, half)                                   # (n,)
-        who = (new != old).nonzero().flatten()                         # (m,)
-        if len(who):
-            rows = part if len(who) == len(part) else part.index_select(0, who)         # (m, d)
-            sums += sums_by_code(rows, new[who], len(c))
-            if old[0] >= 0:                                            # the first time nothing is to be taken back
-                sums -= sums_by_code(rows, old[who], len(c))
-            old.copy_(new)
-            moved += len(who)
-    return moved
+    half = 0.5 * c.square().sum(1)
+    new = torch.cat([nearest(part, c, half) for part in x.split(rows_per_chunk(x))])         # (N,)
+    moved = (new != ids).nonzero().flatten()
+    if len(moved):
+        sums += sums_by_code(x, moved, new[moved], len(c))
+        if ids[0] >= 0:                                                # the first time nothing is to be taken back
+            sums -= sums_by_code(x, moved, ids[moved], len(c))
+        ids.copy_(new)
+    return len(moved)
 
 
 def update_centroids(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> Tensor:
@@ -314,24 +307,26 @@ def rows_by_half(user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(half[order], torch.arange(2 * int(user[-1]) + 3, device=user.device)), order
 
 
-def noise_within_users(rows: Tensor, weight: Tensor, user: Tensor) -> Tensor:
+def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor) -> Tensor:
     """Covariance of one unit of weight, [D, D] fp64, from how the rows of a user differ; each user counts once (ours).
 
-    rows: [R, D] sums of values; weight: [R] ≥ 0; user: [R], sorted, at least one with two rows of some weight. There
-    are many more rows than users. From one difference between halves a user, more dimensions than users would leave
-    directions without any noise, and whoever divides by the noise would take them for the user.
+    lists: [V, D] sums of values; weight: [V] ≥ 0; told: [R] the list of each row; user: [R], sorted, at least one with
+    two rows of some weight. There are many more rows than users. From one difference between halves a user, more
+    dimensions than users would leave directions without any noise, and whoever divides by the noise would take them
+    for the user.
     """
-    told = weight > 0
-    rows, weight, size = rows[told], weight[told].double(), torch.unique_consecutive(user[told], return_counts=True)[1]
-    pointer, every = torch.cat([size.new_zeros(1), size.cumsum(0)]), torch.arange(len(rows), device=rows.device)
-    total = sum_texts(pointer, every, weight[:, None])                 # (U, 1)
-    mean = sum_texts(pointer, every, rows) / total.float()             # (U, D)
-    freedom = total - sum_texts(pointer, every, weight.square()[:, None]) / total
+    lists, weight = lists.double(), weight.double()
+    told, user = told[weight[told] > 0], user[weight[told] > 0]
+    size = torch.unique_consecutive(user, return_counts=True)[1]
+    pointer = torch.cat([size.new_zeros(1), size.cumsum(0)])
+    over_user = lambda of_list: sum_texts(pointer, told, of_list)      # (U, …)
+    total, square = (over_user((weight ** power)[:, None]) for power in (1, 2))              # (U, 1)
     several = size[:, None] > 1
-    scale = torch.where(several, 1 / freedom, 0) / several.sum()
-    apart = mean.repeat_interleave(size, 0).mul_(-weight[:, None].float()).add_(rows)        # in place: rows are many
-    apart *= scale.sqrt().float().repeat_interleave(size, 0)
-    return (apart.T @ apart).double()
+    scale = torch.where(several, 1 / (total - square / total), 0) / several.sum()
+    of_list = torch.zeros_like(weight).index_add_(0, told, scale.repeat_interleave(size))    # Σ of scale over rows
+    mean = over_user(lists) / total                                    # (U, D)
+    cross = mean.T @ (scale * (over_user(weight[:, None] * lists) - square / 2 * mean))
+    return lists.T @ (of_list[:, None] * lists) - cross - cross.T      # Σ scale (row − weight · mean)(…)ᵀ
 
 
 def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, noise: Tensor, most: int = 16,
@@ -421,9 +416,9 @@ def responsibilities(book: Codebook, z: Tensor, n: Tensor) -> Tensor:
     A user's ID is the most probable code: the nearest centroid, each direction in units of its variance. Without
     evidence (n = 0) r is π.
     """
-    mean, variance = posterior(z, n, book.noise, book.prior)
-    scale = 1 / (variance + book.spread)                               # (N, q)
-    logits = book.mu @ (mean * scale).T - 0.5 * book.mu.square() @ scale.T                   # (K, N)
+    total = n[:, None] + book.noise / book.prior                       # (N, q): the mean is z / total
+    inverse = 1 / (book.noise + book.spread * total)                   # 1 / (variance + spread), divided by total
+    logits = book.mu @ (z * inverse).T - 0.5 * book.mu.square() @ (total * inverse).T        # (K, N)
     return torch.where(n > 0, logits.softmax(0), book.pi[:, None]).T   # the first axis: ten times as fast
 
 
@@ -461,6 +456,10 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     times = times_told(evidence).double()                              # (T,)
     mean = (times @ value.double()) / (times @ weight.double())        # (D,)
     centred = value.double() - weight.double()[:, None] * mean         # (T, D)
+    short, basis, used = centred, None, times.nonzero().flatten()
+    if len(used) < len(mean):                                          # few texts span few dimensions, E of D
+        basis = torch.linalg.qr(centred[used].T)[0]                    # (D, E)
+        short = centred @ basis                                        # (T, E)
 
     for rows in (int(begin[some[-1] + 1]), len(user)):                 # of these users; of all if these have no halves
         half_begin, order = rows_by_half(user[:rows], item[:rows])
@@ -470,20 +469,21 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         if len(paired) >= 2:
             break
     if without == "signal" or len(paired) < 2:                         # principal components
-        scaled = centred * times.sqrt()[:, None]
+        scaled = short * times.sqrt()[:, None]
         values, vectors = torch.linalg.eigh(scaled.T @ scaled / times.sum())
         v, eigenvalues, chance = vectors.flip(1)[:, :directions], values.flip(0)[:32], 0.0
     else:
         first = paired[:most_users]
         pointer = half_begin[:2 * int(first[-1]) + 3]                  # halves of the users up to the last of them
         end, texts = take_lists(indptr, text, told_half[:pointer[-1]])
-        sums = sum_texts(end[pointer], texts, centred.float()).reshape(-1, 2, len(mean))[first]
+        sums = sum_texts(end[pointer], texts, short.float()).reshape(-1, 2, short.shape[1])[first]
         last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
-        few = told[:begin[last + 1]]                                   # rows of whole users
-        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), centred.float()), list_weight[few, 0],
-                                   user[:len(few)])
+        few, place = torch.unique(told[:begin[last + 1]], return_inverse=True)               # rows of whole users
+        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short), list_weight[few, 0], place,
+                                   user[:len(place)])
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
-                                                 directions)
+                                                 directions, 0.003 * short.shape[1] / len(mean))
+    v = v if basis is None else basis @ v                              # (D, q)
     v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()        # else numbers of equal codes were up to LAPACK
     list_z = sum_texts(indptr, text, (centred @ v).float())            # (V, q)
     z = sum_texts(begin, told, list_z).double()
@@ -516,7 +516,8 @@ def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
     small = book._replace(**{name: getattr(book, name).float() for name in ("noise", "prior", "pi", "mu", "spread")})
     while begin < len(user):
         end = int(torch.searchsorted(user, user[min(begin + rows, len(user)) - 1], right=True))
-        both = sums_before(value[evidence.told[begin:end]], user[begin:end], seen[begin:end]).float()
+        each = value.index_select(0, evidence.told[begin:end])         # (rows, q + 1)
+        both = sums_before(each, user[begin:end], seen[begin:end]).float()
         sure[begin:end], code = responsibilities(small, both[:, :-1], both[:, -1]).max(1)
         ids[begin:end] = torch.where(both[:, -1] > 0, code, -1)
         begin = end
@@ -530,7 +531,7 @@ def sums_before(z: Tensor, user: Tensor, seen: Tensor) -> Tensor:
     """
     start = torch.searchsorted(user, user)                             # first row of the same user
     before = torch.cat([z.new_zeros(1, z.shape[1]), z.cumsum(0)])      # (R + 1, q)
-    return before[start + seen] - before[start]
+    return before.index_select(0, start + seen).sub_(before.index_select(0, start))
 
 
 def explained_variance(book: Codebook, z: Tensor, n: Tensor, sizes=(2, 4, 8, 16, 32)) -> dict[int, float]:

@@ -1040,6 +1040,14 @@ def test_kmeans_empty_clusters_relocated_by_hand():
     assert found.centroids.flatten().tolist() == pytest.approx([0.5, 10, 2], abs=1e-5)
 
 
+def test_sums_by_code_are_exact_however_many_rows_a_code_has():
+    x = torch.randn(20_000, 3, generator=seeded(0)) + 1000             # fp32 alone would lose what sets rows apart
+    rows, codes = torch.arange(0, 20_000, 2), torch.where(torch.arange(10_000) < 9000, 2, 0)
+    found = codebook.sums_by_code(x, rows, codes, 4)
+    want = torch.stack([x[rows[codes == k]].double().sum(0) for k in range(4)])
+    assert found.dtype == torch.float64 and torch.allclose(found, want, rtol=1e-6) and not found[[1, 3]].any()
+
+
 @pytest.mark.parametrize("offset, chunk", [(0.0, 1), (0.0, 60), (100.0, 17)])
 def test_kmeans_equals_naive_loop(offset, chunk, monkeypatch):
     monkeypatch.setattr(codebook, "rows_per_chunk", lambda x: chunk)
@@ -1260,15 +1268,19 @@ def test_rows_that_tell_the_same_list_are_as_rows_with_lists_of_their_own():
 def test_noise_is_what_differs_within_users():
     """By hand: user 0 has rows 1 and 3 of weight 1 around its mean 2; user 2 has rows of weights 1 and 3 whose means
     per unit are 0 and 4 around 3; user 1 has one row, and a row of weight 0 tells nothing."""
-    rows = torch.tensor([[1.0], [3.0], [50.0], [0.0], [12.0], [7.0]])
-    weight, user = torch.tensor([1.0, 1, 1, 1, 3, 0]), torch.tensor([0, 0, 1, 2, 2, 2])
+    lists = torch.tensor([[1.0], [3.0], [50.0], [0.0], [12.0], [7.0]])
+    weight, told, user = torch.tensor([1.0, 1, 1, 1, 3, 0]), torch.arange(6), torch.tensor([0, 0, 1, 2, 2, 2])
     first, third = 2 / (2 - 1), (3 ** 2 + 3 ** 2) / (4 - 10 / 4)       # Σ (row − w · mean)² / (Σ w − Σ w² / Σ w)
-    assert float(codebook.noise_within_users(rows, weight, user)) == pytest.approx((first + third) / 2)
+    assert float(codebook.noise_within_users(lists, weight, told, user)) == pytest.approx((first + third) / 2)
+    told, user = torch.tensor([*told, 1, 3, 4]), torch.tensor([*user, 5, 5, 5])              # lists told twice
+    fourth = (0 ** 2 + 3 ** 2 + 3 ** 2) / (5 - 11 / 5)                 # 3, 0 and 12 of weights 1, 1, 3: mean 3 per unit
+    assert float(codebook.noise_within_users(lists, weight, told, user)) == pytest.approx((first + third + fourth) / 3)
     g = seeded(0)                                                      # unbiased, whatever the users' own means
     user, weight = torch.arange(4000).repeat_interleave(3), torch.randint(1, 5, (12000,), generator=g).float()
     C, theta = torch.tensor([[2.0, 0.8], [0.8, 0.5]]), 5 * torch.randn(4000, 2, generator=g)
     noise = torch.randn(12000, 2, generator=g) @ torch.linalg.cholesky(C).T
-    found = codebook.noise_within_users(weight[:, None] * theta[user] + weight.sqrt()[:, None] * noise, weight, user)
+    lists = weight[:, None] * theta[user] + weight.sqrt()[:, None] * noise
+    found = codebook.noise_within_users(lists, weight, torch.arange(12000), user)
     assert torch.allclose(found.float(), C, atol=0.06)
 
 
@@ -1292,6 +1304,25 @@ def test_the_signs_of_eigenvectors_number_no_code(without, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", turned)
     book, z, _ = codebook.fit_codebook(evidence, user, item, 120, 3, without=without)
     assert torch.allclose(book.mu, want[0].mu) and torch.allclose(z, want[1])
+
+
+@pytest.mark.parametrize("without", ["", "signal"])
+def test_a_codebook_of_few_texts_is_that_of_the_same_texts_told_as_many(without):
+    """20 texts span 20 of 60 dimensions, which is all that is worked in; as copies, 80 texts have no such short cut."""
+    g = seeded(0)
+    user, told = torch.arange(200).repeat_interleave(12), torch.randint(20, (2400,), generator=g)
+    taste = torch.randint(4, (200,), generator=g)
+    told = torch.where(torch.rand(2400, generator=g) < 0.5, taste[user], told)
+    value, weight = torch.randn(20, 60, generator=g) + 1, torch.randint(1, 4, (20,), generator=g).float()
+    some, many = (Evidence(told + 20 * (torch.arange(2400) % copies), torch.arange(20 * copies + 1),
+                           torch.arange(20 * copies), value.repeat(copies, 1), weight.repeat(copies))
+                  for copies in (1, 4))
+    fits = (codebook.fit_codebook(one, user, torch.arange(2400), 200, 4, without=without) for one in (some, many))
+    (a, *found), (b, *wanted) = fits
+    assert a.directions.shape == b.directions.shape and a.directions.shape[1] > 2
+    close = lambda one, other: torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    assert all(close(one, other) for one, other in zip((*found, a.directions, a.mu), (*wanted, b.directions, b.mu)))
+    assert close(a.eigenvalues[:8], b.eigenvalues[:8]) and a.chance == pytest.approx(b.chance, 1e-3)
 
 
 def test_noise_is_found_where_those_with_two_rows_come_last():
