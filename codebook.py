@@ -45,9 +45,9 @@ class Clusters(NamedTuple):
     history: list[float]   # inertia at the start of each iteration; never rises (beyond fp32 rounding)
 
 
-def rows_per_chunk(x: Tensor) -> int:
-    """Rows of x [N, d] to handle at once: 8 MB stay in a CPU's cache, a GPU wants larger pieces."""
-    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // max(1, x.shape[1]))
+def rows_per_chunk(x: Tensor, k: int) -> int:
+    """Rows of x [N, d] to compare with k codes at once: 8 MB stay in a CPU's cache, a GPU wants larger pieces."""
+    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // (x.shape[1] + k))
 
 
 def nearest(x: Tensor, c: Tensor, half: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
     """
     shift = centroids.double().mean(0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
     c, ids, distances = (centroids - shift).float(), [], []
-    half, rows = 0.5 * c.square().sum(1), chunk or rows_per_chunk(x)                         # (K,)
+    half, rows = 0.5 * c.square().sum(1), chunk or rows_per_chunk(x, len(c))                 # (K,)
     moved, near = torch.empty(2, min(rows, len(x)), x.shape[1], device=x.device)             # new memory is slow
     for part in x.split(rows):
         moved, near = moved[:len(part)], near[:len(part)]              # (n, d)
@@ -109,7 +109,7 @@ def assign_and_accumulate(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> in
     Only rows that moved change the sums (ours): soon they are few. ids start at −1, no code's row.
     """
     half = 0.5 * c.square().sum(1)
-    new = torch.cat([nearest(part, c, half) for part in x.split(rows_per_chunk(x))])         # (N,)
+    new = torch.cat([nearest(part, c, half) for part in x.split(rows_per_chunk(x, len(c)))])              # (N,)
     moved = (new != ids).nonzero().flatten()
     if len(moved):
         sums += sums_by_code(x, moved, new[moved], len(c))
@@ -160,7 +160,7 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     Best inertia of n_init k-means++ starts, codes ordered by size (largest first), then by coordinates, so that
     equal data get equal codes; or one warm start from init [k, d], whose order is kept (n_init is then ignored).
     Exactly `iters` iterations unless no row moves any more. ids and inertia are those of `assign(x, centroids)`.
-    Memory: 8 bytes a row, and a centred fp32 copy of x unless x is fp32 and its mean is small beside its spread.
+    Memory: 48 bytes a row, and a centred fp32 copy of x unless x is fp32 and its mean is small beside its spread.
     The default generator is seeded with 0; the global one is never used.
     Raises ValueError for a bad shape, k < 1, k > N, an unfit init, or NaN, infinite or huge values.
     """
@@ -315,7 +315,7 @@ def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor
     dimensions than users would leave directions without any noise, and whoever divides by the noise would take them
     for the user.
     """
-    lists, weight = lists.double(), weight.double()
+    lists, weight = lists.float(), weight.double()                     # products in fp32, the rest in fp64
     told, user = told[weight[told] > 0], user[weight[told] > 0]
     size = torch.unique_consecutive(user, return_counts=True)[1]
     pointer = torch.cat([size.new_zeros(1), size.cumsum(0)])
@@ -324,9 +324,10 @@ def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor
     several = size[:, None] > 1
     scale = torch.where(several, 1 / (total - square / total), 0) / several.sum()
     of_list = torch.zeros_like(weight).index_add_(0, told, scale.repeat_interleave(size))    # Σ of scale over rows
-    mean = over_user(lists) / total                                    # (U, D)
-    cross = mean.T @ (scale * (over_user(weight[:, None] * lists) - square / 2 * mean))
-    return lists.T @ (of_list[:, None] * lists) - cross - cross.T      # Σ scale (row − weight · mean)(…)ᵀ
+    mean = over_user(lists) / total.float()                            # (U, D)
+    weighted = over_user(weight[:, None].float() * lists) - square.float() / 2 * mean
+    whole, cross = lists.T @ (of_list[:, None].float() * lists), mean.T @ (scale.float() * weighted)
+    return whole.double() - cross.double() - cross.T.double()          # Σ scale (row − weight · mean)(…)ᵀ
 
 
 def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, noise: Tensor, most: int = 16,
@@ -479,7 +480,7 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         sums = sum_texts(end[pointer], texts, short.float()).reshape(-1, 2, short.shape[1])[first]
         last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
         few, place = torch.unique(told[:begin[last + 1]], return_inverse=True)               # rows of whole users
-        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short), list_weight[few, 0], place,
+        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short.float()), list_weight[few, 0], place,
                                    user[:len(place)])
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
                                                  directions, 0.003 * short.shape[1] / len(mean))

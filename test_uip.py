@@ -1050,7 +1050,7 @@ def test_sums_by_code_are_exact_however_many_rows_a_code_has():
 
 @pytest.mark.parametrize("offset, chunk", [(0.0, 1), (0.0, 60), (100.0, 17)])
 def test_kmeans_equals_naive_loop(offset, chunk, monkeypatch):
-    monkeypatch.setattr(codebook, "rows_per_chunk", lambda x: chunk)
+    monkeypatch.setattr(codebook, "rows_per_chunk", lambda x, k: chunk)
     x = torch.randn(60, 5, generator=seeded(3)) + offset
     for k, iters in ((3, 1), (3, 2), (8, 2)):
         c, history = naive_lloyd(x, x[:k], iters)

@@ -387,18 +387,20 @@ FIGURES = (
 
 
 def figures(bench: Path, brief: bool = False) -> list[list[str]]:
-    """[what, figure, aim, machine] for each figure found in bench/FILE.json."""
+    """[what, figure, aim, machine] for each figure found in bench/FILE.json; brief: of the largest case only."""
     rows = []
     for file, keys, what, form, aim, shown in FIGURES:
         found = read_if_there(bench / f"{file}.json") if shown or not brief else {}
         about = found.get("machine", {})
         place = about.get("gpu") or f"{about.get('processor', '')}, {about.get('threads', 1)} thread(s)"
+        cases = []
         for value in found[file] if isinstance(found.get(file), list) else [found] if found else []:
             figure = functools.reduce(lambda one, key: one.get(key) if isinstance(one, dict) else None,
                                       keys.split("/"), value)
             if isinstance(figure, (int, float)):
                 label = re.sub(r"{(\w+):?(.*?)}", lambda match: format(value.get(match[1], ""), match[2]), what)
-                rows.append([label, format(figure, form), aim, place])
+                cases.append([label, format(figure, form), aim, place])
+        rows += cases[-1:] if brief else cases
     return rows
 
 
