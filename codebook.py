@@ -458,7 +458,7 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     mean = (times @ value.double()) / (times @ weight.double())        # (D,)
     centred = value.double() - weight.double()[:, None] * mean         # (T, D)
     short, basis, used = centred, None, times.nonzero().flatten()
-    if len(used) < len(mean):                                          # few texts span few dimensions, E of D
+    if len(used) < len(mean):                                          # few texts span few, E, of D dimensions
         basis = torch.linalg.qr(centred[used].T)[0]                    # (D, E)
         short = centred @ basis                                        # (T, E)
 
@@ -482,8 +482,9 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         few, place = torch.unique(told[:begin[last + 1]], return_inverse=True)               # rows of whole users
         apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short.float()), list_weight[few, 0], place,
                                    user[:len(place)])
+        ridge = 0.003 * short.shape[1] / len(mean)                     # of the mean over E, 0.003 of that over D
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,
-                                                 directions, 0.003 * short.shape[1] / len(mean))
+                                                 directions, ridge)
     v = v if basis is None else basis @ v                              # (D, q)
     v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()        # else numbers of equal codes were up to LAPACK
     list_z = sum_texts(indptr, text, (centred @ v).float())            # (V, q)
