@@ -315,7 +315,7 @@ def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor
     dimensions than users would leave directions without any noise, and whoever divides by the noise would take them
     for the user.
     """
-    lists, weight = lists.float(), weight.double()                     # products in fp32, the rest in fp64
+    lists, weight = lists.double(), weight.double()                    # fp64: the difference of two sums is taken
     told, user = told[weight[told] > 0], user[weight[told] > 0]
     size = torch.unique_consecutive(user, return_counts=True)[1]
     pointer = torch.cat([size.new_zeros(1), size.cumsum(0)])
@@ -324,10 +324,9 @@ def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor
     several = size[:, None] > 1
     scale = torch.where(several, 1 / (total - square / total), 0) / several.sum()
     of_list = torch.zeros_like(weight).index_add_(0, told, scale.repeat_interleave(size))    # Σ of scale over rows
-    mean = over_user(lists) / total.float()                            # (U, D)
-    weighted = over_user(weight[:, None].float() * lists) - square.float() / 2 * mean
-    whole, cross = lists.T @ (of_list[:, None].float() * lists), mean.T @ (scale.float() * weighted)
-    return whole.double() - cross.double() - cross.T.double()          # Σ scale (row − weight · mean)(…)ᵀ
+    mean = over_user(lists) / total                                    # (U, D)
+    cross = mean.T @ (scale * (over_user(weight[:, None] * lists) - square / 2 * mean))
+    return lists.T @ (of_list[:, None] * lists) - cross - cross.T      # Σ scale (row − weight · mean)(…)ᵀ
 
 
 def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, noise: Tensor, most: int = 16,
@@ -480,7 +479,7 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
         sums = sum_texts(end[pointer], texts, short.float()).reshape(-1, 2, short.shape[1])[first]
         last = torch.maximum(user[min(most_rows, rows) - 1], paired[0])                      # somebody has two rows
         few, place = torch.unique(told[:begin[last + 1]], return_inverse=True)               # rows of whole users
-        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short.float()), list_weight[few, 0], place,
+        apart = noise_within_users(sum_texts(*take_lists(indptr, text, few), short), list_weight[few, 0], place,
                                    user[:len(place)])
         ridge = 0.003 * short.shape[1] / len(mean)                     # of the mean over E, 0.003 of that over D
         v, eigenvalues, chance = find_directions(sums[:, 0], n_half[first, 0], sums[:, 1], n_half[first, 1], apart,

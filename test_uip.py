@@ -1258,10 +1258,9 @@ def test_rows_that_tell_the_same_list_are_as_rows_with_lists_of_their_own():
     own = Evidence(torch.arange(len(user)), *taken, evidence.value, evidence.weight)
     assert torch.equal(codebook.times_told(shared), torch.cat(copied).bincount(minlength=len(user)))
     (a, *found), (b, *wanted) = (codebook.fit_codebook(one, user, item, 150, 3) for one in (shared, own))
-    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
-               for one, other in zip(found, wanted))
-    assert torch.allclose(a.mean, b.mean) and torch.allclose(a.noise, b.noise, rtol=1e-4)
-    assert torch.allclose(a.directions, b.directions, atol=1e-4)
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(found, wanted))
+    assert torch.allclose(a.mean, b.mean) and torch.allclose(a.noise, b.noise, rtol=1e-5)
+    assert torch.allclose(a.directions, b.directions, atol=1e-6)
     ids = [codebook.ids_before(a, one, user, torch.ones_like(user))[0] for one in (shared, own)]
     assert torch.equal(*ids) and (ids[0] >= 0).any() and (ids[0] < 0).any()
 
