@@ -416,9 +416,9 @@ def responsibilities(book: Codebook, z: Tensor, n: Tensor) -> Tensor:
     A user's ID is the most probable code: the nearest centroid, each direction in units of its variance. Without
     evidence (n = 0) r is π.
     """
-    total = n[:, None] + book.noise / book.prior                       # (N, q): the mean is z / total
-    inverse = 1 / (book.noise + book.spread * total)                   # 1 / (variance + spread), divided by total
-    logits = book.mu @ (z * inverse).T - 0.5 * book.mu.square() @ (total * inverse).T        # (K, N)
+    mean, variance = posterior(z, n, book.noise, book.prior)
+    scale = 1 / (variance + book.spread)                               # (N, q)
+    logits = book.mu @ (mean * scale).T - 0.5 * book.mu.square() @ scale.T                   # (K, N)
     return torch.where(n > 0, logits.softmax(0), book.pi[:, None]).T   # the first axis: ten times as fast
 
 
