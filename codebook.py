@@ -535,18 +535,6 @@ def sums_before(z: Tensor, user: Tensor, seen: Tensor) -> Tensor:
     return before.index_select(0, start + seen).sub_(before.index_select(0, start))
 
 
-def explained_variance(book: Codebook, z: Tensor, n: Tensor, sizes=(2, 4, 8, 16, 32)) -> dict[int, float]:
-    """Share of the variance of held-out users' posterior means that K codes explain: a guide to K (ours)."""
-    z, n, found = z[n > 0], n[n > 0], {}
-    held = torch.arange(len(z)) % 5 == 0
-    mean = posterior(z, n, book.noise, book.prior)[0][held]
-    for k in sizes:
-        if k < int((~held).sum()):
-            mu = fit_codes(book, z[~held], n[~held], k).mu
-            found[k] = 1 - float(assign(mean, mu)[1].double().sum() / (mean - mean.mean(0)).square().sum())
-    return found
-
-
 def select_texts(indptr: Tensor, text: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The CSR (indptr [V + 1], text [nnz]) without the texts where keep [T] is False."""
     kept = keep[text]

@@ -649,9 +649,9 @@ def metric_mean(runs: list[dict], metric, model: str, features: str) -> float | 
     return float(np.mean([np.mean(list(seeds.values())) for seeds in found.values()])) if found else None
 
 
-def number(value: float | None, form: str = ".4f") -> str:
+def number(value: float | None) -> str:
     """The number, or blank where nothing was run."""
-    return "" if value is None else format(value, form)
+    return "" if value is None else f"{value:.4f}"
 
 
 def signed(found: tuple[float, float, int] | None) -> str:

@@ -228,7 +228,7 @@ real() {
   environment
   language_model
   stage data data.py env "$d/data/meta.json" "$Q data.py $2 --out $d/data"
-  profiles_and_bank "$d" "$r" "--codes $CODES --guide --reversed"
+  profiles_and_bank "$d" "$r" "--codes $CODES --reversed"
   [ ! -f "$d/data/truth.npz" ] || stage meaning results/report.py bank "$r/meaning.json" \
     "$Q results/report.py meaning --profiles $d/profiles --data $d/data --out $r"
   for label in liked chosen; do

@@ -1473,20 +1473,6 @@ def test_equal_users_get_equal_ids():
     assert torch.equal(ids[:100], ids[100:]) and book.pi.tolist() == sorted(book.pi.tolist(), reverse=True)
 
 
-def test_explained_variance_is_that_of_heldout_users():
-    """Of users around four corners: four codes explain nearly all. Users without evidence take no part."""
-    corners = torch.tensor([[a, b, 0.0] for a in (-3, 3) for b in (-3, 3)], dtype=torch.float64)
-    noise, spread = torch.ones(3, dtype=torch.float64), torch.full((3,), 0.09, dtype=torch.float64)
-    book, (z, n) = random_book()._replace(noise=noise, prior=9 * noise), gaussian_sample(noise, spread, 800)
-    z += n[:, None] * corners[torch.randint(4, (800,), generator=seeded(0))]
-    n[-50:] = 0
-    found = codebook.explained_variance(book, z, n, (2, 4, 16, 700))   # 700: too few users
-    assert list(found) == [2, 4, 16] and found[2] < 0.6 < 0.95 < found[4] < found[16] < 1
-    mean, held = codebook.posterior(z, n, noise, 9 * noise)[0][:750], torch.arange(750) % 5 == 0
-    squares = assign(mean[held], kmeans(mean[~held], 4).centroids)[1].sum()
-    assert found[4] == pytest.approx(1 - float(squares / (mean[held] - mean[held].mean(0)).square().sum()), rel=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------------- bank
 
 def make_bank(folder, n=2000, **how):
@@ -2597,10 +2583,10 @@ def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted
     assert ari(found["ids"][:, 1], data.read_truth(planted_folder)["background"]) > 0.5
     code, _, said = call(uip, *infer_args(tmp_path / "users", planted_folder, tiny, tmp_path / "new"))
     assert code == 2 and "no closed form for new users" in said
-    for more in (["--exact-rounds", "1"], ["--guide"], ["--reversed"], ["--without", "em"]):
+    for more in (["--exact-rounds", "1"], ["--reversed"], ["--without", "em"]):
         code, _, said = call(uip, *fit_args(planted_folder, tiny, tmp_path / "users", *USERS, *share, *more))
         assert code == 2 and "have no meaning there" in said
-    more = ["--exact-rounds", "1", "--kinds", "category,price", "--guide"]
+    more = ["--exact-rounds", "1", "--kinds", "category,price"]
     uip.main(fit_args(planted_folder, tiny, tmp_path / "rounds", *more, *share))
     prompts = [arrays(tmp_path / "rounds")[f"prompts_{p}"] for p in (0, 1)]
     assert [one.shape for one in prompts] == [(4, 16), (3, 16)] and len(np.unique(prompts[0], axis=0)) == 4
@@ -2609,7 +2595,6 @@ def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted
         assert code == 2 and "no closed form for IDs as of a row" in said and not (tmp_path / "out").exists()
     for entry in meta_of(tmp_path / "rounds")["trace"].values():
         assert len(entry["F"]) == 2 and entry["F"][1] > entry["F"][0]
-        assert list(entry["guide"]) == ["2", "4", "8", "16", "32"]
 
 
 @pytest.mark.parametrize("part", [*uip.IN_TABLE, *codebook.MEASUREMENT, *uip.IN_QUANTISER])

@@ -439,7 +439,6 @@ class Fitted(NamedTuple):
     """One profile, fitted."""
     book: Codebook
     r: Tensor              # [N, K] fp64 responsibilities; π for users without evidence
-    z: Tensor              # [N, q] fp64, sums of the users' coordinates
     n: Tensor              # [N] fp64, value tokens told of this profile
     F: list[float]         # objective after each exact round (empty without them); never falls
     prompts: Tensor | None # [K, m·d] the codes' soft tokens after exact rounds
@@ -458,7 +457,7 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
     book, z, n = fit_codebook(evidence, user, item, users, k, directions=directions, seed=seed, without=without)
     r = responsibilities(book, z, n)
     if not rounds:
-        return Fitted(book, r, z, n, [], None)
+        return Fitted(book, r, n, [], None)
     indptr, text = take_lists(evidence.indptr, evidence.text, evidence.told)
     indptr = indptr[torch.searchsorted(user, torch.arange(users + 1))]                       # each user's texts
     mean = torch.stack([
@@ -483,7 +482,7 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
         history.append(F)
         if round < rounds:
             pi = m_step(adam, prompts, gradient, r, indptr, text)
-    return Fitted(book._replace(pi=pi), r, z, n, history, best[0])
+    return Fitted(book._replace(pi=pi), r, n, history, best[0])
 
 
 def tune_users(lm, layout: Layout, rows: list[list[Text]], theta: Tensor, *, steps: int = 3, lr: float = 0.02,
@@ -644,8 +643,8 @@ def check_lm(lm) -> None:
 
 try:
     import data
-    from codebook import (MEASUREMENT, Profiles, code_sizes, explained_variance, file_hash, profile_evidence,
-                          read_profiles, read_table, table_hash, write_profiles, write_table)
+    from codebook import (MEASUREMENT, Profiles, code_sizes, file_hash, profile_evidence, read_profiles, read_table,
+                          table_hash, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
@@ -821,9 +820,9 @@ def command_fit(args) -> None:
     if args.without in MEASUREMENT and (args.exact_rounds or args.exact_users):
         raise data.CommandError(2, "--exact-rounds and --exact-users need gradients, "
                                    f"which --without {args.without} replaces")
-    if args.exact_users and (args.exact_rounds or args.guide or args.reversed or args.without in IN_QUANTISER):
-        raise data.CommandError(2, "--exact-users tunes each user's own soft tokens: --exact-rounds, --guide, "
-                                   f"--reversed and --without {', '.join(IN_QUANTISER)} have no meaning there")
+    if args.exact_users and (args.exact_rounds or args.reversed or args.without in IN_QUANTISER):
+        raise data.CommandError(2, "--exact-users tunes each user's own soft tokens: --exact-rounds, --reversed "
+                                   f"and --without {', '.join(IN_QUANTISER)} have no meaning there")
     args.reversed = args.reversed or args.without == "causality"
     names = list(source.layout["profiles"])
     if len(args.codes) != len(names):
@@ -852,7 +851,7 @@ def command_fit(args) -> None:
             found = fit(evidence, user, item, len(source.users), k, directions=args.directions, seed=args.seed,
                         without=args.without, rounds=args.exact_rounds, lr=args.lr, score=score, start=start)
             fitted.append(found)
-            trace[name] = report_fit(name, found, args.guide)
+            trace[name] = report_fit(name, found)
         ids, probability = most_probable([one.r for one in fitted], [one.n for one in fitted])
         books = [one.book for one in fitted]
         prompts = {f"prompts_{p}": one.prompts.numpy() for p, one in enumerate(fitted) if one.prompts is not None}
@@ -874,7 +873,7 @@ def most_probable(r: list[Tensor], n: list[Tensor]) -> tuple[np.ndarray, np.ndar
     return torch.where(known, ids, -1).numpy(), torch.where(known, probability, 0).numpy()
 
 
-def report_fit(name: str, found: Fitted, guide: bool) -> dict:
+def report_fit(name: str, found: Fitted) -> dict:
     """Prints what EM found for one profile, and returns it for meta.json."""
     known = found.n > 0
     ids, sure = found.r[known].argmax(1), found.r[known].max(1).values
@@ -888,10 +887,6 @@ def report_fit(name: str, found: Fitted, guide: bool) -> dict:
           f"{', '.join(f'{v:.2f}' for v in entry['eigenvalues'][:4])} …; chance {found.book.chance:.2f}), {climb}"
           f"codes {'/'.join(map(str, used))} (perplexity {entry['perplexity']:.2f}), "
           f"{entry['unsure']:.0%} of the users under 50 % sure, {int((~known).sum())} without evidence")
-    if guide:
-        entry["guide"] = explained_variance(found.book, found.z, found.n)
-        print(f"{name}: held-out share of variance that so many codes explain: "
-              + ", ".join(f"{codes}: {value:.3f}" for codes, value in entry["guide"].items()))
     if k > 1 and entry["perplexity"] < 1.5:
         print(f"WARNING: the codebook of {name} has collapsed (perplexity {entry['perplexity']:.2f}): "
               "nearly all users share one ID")
@@ -1055,8 +1050,6 @@ def main(argv: list[str] | None = None) -> None:
                      help="steps of Adam per user, with --exact-users [3]")
     sub.add_argument("--lr", type=data.nonnegative_float, default=0.02,
                      help="learning rate of Adam in exact rounds or for exact users [0.02]")
-    sub.add_argument("--guide", action="store_true",
-                     help="print how much of the held-out variance 2 … 32 codes explain")
     sub.add_argument("--without", default="", choices=[*IN_TABLE, *MEASUREMENT, *IN_QUANTISER],
                      help="leave a part of the method out, to see its worth")
     args = parser.parse_args(argv)

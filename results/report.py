@@ -102,8 +102,6 @@ def command_score(args) -> None:
              "unsure": {name: round(float((sure[ids >= 0] < 0.5).mean()), 6) for name, ids, sure in columns}}
     print(json.dumps(found, ensure_ascii=False))
     found["data"] = {key: source.meta[key] for key in ("name", "seed", "kinds", "parts")}
-    trace = profiles.meta.get("trace", {})
-    found["guide"] = {name: entry["guide"] for name, entry in trace.items() if "guide" in entry}
     out.mkdir(parents=True, exist_ok=True)
     data.write_json(out / "score.json", found)
 
@@ -319,12 +317,9 @@ def section_transfer(records: list[Record], _) -> str:
 def section_codes(records: list[Record], _) -> str:
     text, gaps, charts = compare_variants(records, "codes", lambda one: one.codes,
                                           lambda one: ",".join(dict.fromkeys(map(str, one.meta["codes"]))))
-    guides = [[one.name, profile, *(number(guide.get(str(k)), ".3f") for k in (2, 4, 8, 16, 32))]
-              for one in records for profile, guide in one.read("score").get("guide", {}).items()]
-    guide = table("held-out share of variance that the codes explain|profile|2 codes|4|8|16|32", guides)
-    return (text or guide) and (
+    return text and (
         "All rows have the same text table; only the number of codes differs. The AUC with other codes, less that of "
-        f"the first row, has an interval {count_sides(gaps)}.\n\n{text}{charts}\n{guide}")
+        f"the first row, has an interval {count_sides(gaps)}.\n\n{text}{charts}")
 
 
 def section_known(records: list[Record], _) -> str:
