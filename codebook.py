@@ -635,8 +635,8 @@ class Bank:
     keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], sure.npy uint8 [N, P] (probability of the code in 255ths),
     codebook.npz, meta.json: 8 + 2 P bytes a user up to 255 codes. open() is fast at any size and therefore hashes only
     samples of files above 4 MiB: it sees every truncated or exchanged file, and every altered byte of files up to 4
-    MiB; verify() reads everything. A new bank takes the place of the old in two renames; a reader sees one of the two,
-    and keeps the one it has open.
+    MiB; the command verify reads everything. A new bank takes the place of the old in two renames; a reader sees one of
+    the two, and keeps the one it has open.
     """
 
     FILES = ("keys.npy", "codes.npy", "sure.npy", "codebook.npz")
@@ -682,8 +682,8 @@ class Bank:
         np.save(fresh / "sure.npy", np.rint(255.0 * sure[order].clip(0, 1)).astype(np.uint8))
         np.savez(fresh / "codebook.npz", names=np.array(names), **codebook)
         meta = {"sizes": codes.max(0).tolist(), **meta, "version": VERSION, "users": len(users),
-                "sha256": {name: file_hash(fresh / name) for name in cls.FILES},
-                "sample": {name: file_hash(fresh / name, sample=True) for name in cls.FILES}}
+                "sha256": {name: hashlib.sha256((fresh / name).read_bytes()).hexdigest() for name in cls.FILES},
+                "sample": {name: sample_hash(fresh / name) for name in cls.FILES}}
         (fresh / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8",
                                         errors="surrogateescape")     # paths in an ASCII locale
         for file in fresh.iterdir():
@@ -709,7 +709,7 @@ class Bank:
             if meta["version"] != VERSION:
                 raise ValueError(f"its version is {meta['version']}, needed is {VERSION}")
             for name in cls.FILES:
-                if file_hash(at / name, sample=True) != meta["sample"][name]:
+                if sample_hash(at / name) != meta["sample"][name]:
                     raise ValueError(f"{name} was truncated or altered")
             arrays = [np.asarray(np.load(at / name, mmap_mode="r", allow_pickle=False)) for name in cls.FILES[:3]]
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
@@ -721,12 +721,6 @@ class Bank:
         if problem:
             raise ValueError(f"{folder} is a damaged bank ({problem}): build it again")
         return cls(at, meta, *arrays)
-
-    def verify(self) -> None:
-        """Reads every byte: ValueError if a file is not the one that was built."""
-        for name in self.FILES:
-            if file_hash(self.folder / name) != self.meta["sha256"][name]:
-                raise ValueError(f"{self.folder / name} was altered: build the bank again")
 
     def find(self, users) -> tuple[np.ndarray, np.ndarray]:
         """(row of each user, whether it is absent): int64 [n], bool [n]; users as in lookup."""
@@ -777,14 +771,12 @@ def standing(folder: Path) -> tuple[Path, tuple | None]:
     return folder, None
 
 
-def file_hash(path: Path, sample: bool = False, block: int = 1 << 16, blocks: int = 64) -> str:
-    """sha256 of a file; with sample, of its size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
-    size, sha = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, block)
-    if sample:
-        sha.update(str(size).encode())
-        if len(starts) > blocks:
-            starts = np.linspace(0, size - block, blocks).astype(int).tolist()
+def sample_hash(path: Path, block: int = 1 << 16, blocks: int = 64) -> str:
+    """sha256 of a file's size and 64 evenly spaced blocks of 64 KiB (all of it up to 4 MiB)."""
+    size = path.stat().st_size
+    sha, starts = hashlib.sha256(str(size).encode()), range(0, size, block)
+    if len(starts) > blocks:
+        starts = np.linspace(0, size - block, blocks).astype(int).tolist()
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
@@ -804,7 +796,7 @@ def write_table(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None
     """A text table: NAME.npy for each array, and meta.json, which goes last."""
     for name, array in arrays.items():
         data.write_atomically(folder / f"{name}.npy", lambda file: np.save(file, array))
-    sample = {f"{name}.npy": file_hash(folder / f"{name}.npy", sample=True) for name in arrays}
+    sample = {f"{name}.npy": sample_hash(folder / f"{name}.npy") for name in arrays}
     data.write_json(folder / "meta.json", {**meta, "sample": sample})
 
 
@@ -812,7 +804,7 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of a text table by name, memory-mapped (see uip.TextTable), and its meta.json."""
     meta = data.read_json(folder / "meta.json", "sample", "identity")
     for name, sample in meta["sample"].items():
-        if not (folder / name).exists() or file_hash(folder / name, sample=True) != sample:
+        if not (folder / name).exists() or sample_hash(folder / name) != sample:
             raise ValueError(f"{folder / name} is not the one that meta.json records: run `uip.py fit` again")
     return {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["sample"]}, meta
 

@@ -125,14 +125,15 @@ def test_read_json_refuses_what_is_no_object_or_lacks_a_key(text, tmp_path):
 
 def test_the_hash_of_a_sample_sees_size_and_blocks(tmp_path):
     path, body = tmp_path / "f", bytes(1 << 23)
-    for text, sample, want in ((b"abc", False, b"abc"), (b"abc", True, b"3abc"), (body, False, body)):
+    for text in (b"abc", body):
         path.write_bytes(text)
-        assert codebook.file_hash(path, sample) == hashlib.sha256(want).hexdigest()
         assert data.sha256_of(path) == hashlib.sha256(text).hexdigest()
+    path.write_bytes(b"abc")
+    assert codebook.sample_hash(path) == hashlib.sha256(b"3abc").hexdigest()
     samples = []
     for text in (body, body[:-1] + b"x", body[:100_000] + b"x" + body[100_001:], body + b"\0"):
         path.write_bytes(text)
-        samples.append(codebook.file_hash(path, sample=True))
+        samples.append(codebook.sample_hash(path))
     assert samples[0] == samples[2] and len(set(samples)) == 3              # the third differs between two blocks
 
 
@@ -1580,7 +1581,7 @@ def test_bank_refuses_damage(tmp_path, name):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="damaged bank"):
             Bank.open(bank.folder)
-    make_bank(bank.folder)[0].verify()                                 # a damaged bank can be replaced
+    make_bank(bank.folder)                                             # a damaged bank can be replaced
     path.unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="bank"):
         Bank.open(bank.folder)
@@ -1590,14 +1591,15 @@ def test_bank_refuses_damage(tmp_path, name):
 
 
 def test_bank_refuses_damage_in_a_large_file(tmp_path, monkeypatch):
-    real = codebook.file_hash                                          # now these files count as large: 64 × 16 bytes
-    monkeypatch.setattr(codebook, "file_hash", lambda path, sample=False: real(path, sample, 16))
+    real = codebook.sample_hash                                        # now these files count as large: 64 × 16 bytes
+    monkeypatch.setattr(codebook, "sample_hash", lambda path: real(path, 16))
     bank, *_ = make_bank(tmp_path / "bank")
-    bank.verify()
+    assert call(codebook, "verify", bank.folder)[0] == 0
     good = (bank.folder / "keys.npy").read_bytes()
     (bank.folder / "keys.npy").write_bytes(altered(good, 1000))
-    with pytest.raises(ValueError, match="altered"):                   # between two blocks: only verify() sees it
-        Bank.open(bank.folder).verify()
+    Bank.open(bank.folder)                                             # between two blocks: only verify sees it
+    code, _, err = call(codebook, "verify", bank.folder)
+    assert code == 4 and "keys.npy" in err
     (bank.folder / "keys.npy").write_bytes(altered(good, len(good) - 1))
     with pytest.raises(ValueError, match="altered"):                   # the last block is always in the sample
         Bank.open(bank.folder)
@@ -1636,7 +1638,7 @@ def test_bank_survives_a_kill_at_any_step_of_its_replacement(tmp_path, step):
     assert folder.exists() == (step != 3)                              # between the renames the old bank still serves
     bank = Bank.open(folder)
     assert bank.lookup("a").tolist() == [[2 if step == 4 else 1]]
-    bank.verify()
+    data.check_files(bank.folder, bank.meta)
     assert Bank.build(folder, ["a"], [[3]]).lookup("a").tolist() == [[3]] and list(tmp_path.iterdir()) == [folder]
 
 

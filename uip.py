@@ -643,7 +643,7 @@ def check_lm(lm) -> None:
 
 try:
     import data
-    from codebook import (MEASUREMENT, Profiles, code_sizes, file_hash, profile_evidence, read_profiles, read_table,
+    from codebook import (MEASUREMENT, Profiles, code_sizes, profile_evidence, read_profiles, read_table, sample_hash,
                           table_hash, write_profiles, write_table)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
@@ -661,7 +661,7 @@ def lm_identity(name: str, random: bool = False) -> dict:
     folder, sha = lm_folder(name), hashlib.sha256()
     noted = data.read_json(folder / "source.json") if (folder / "source.json").exists() else {"name": name}
     for file in sorted({file for pattern in LM_FILES for file in folder.glob(pattern)} - {folder / "source.json"}):
-        sha.update(f"{file.name} {file_hash(file, sample=True)}\n".encode())
+        sha.update(f"{file.name} {sample_hash(file)}\n".encode())
     return {**noted, "fingerprint": sha.hexdigest()[:16], **({"weights": "random"} if random else {})}
 
 
