@@ -996,16 +996,13 @@ def command_infer(args) -> None:
     rows_of_texts = [row_of[text] for text in source.texts]
     table = {name: array[rows_of_texts] for name, array in table.items()}
     begin = torch.from_numpy(np.searchsorted(source.user[rows], np.arange(len(source.users) + 1)))
-    total, r = [], []
+    r, total = [], []
     for p, book in enumerate(profiles.books):
         told, indptr, text, value, weight = profile_evidence(source, table, lists, p, without)
-        n, z = (sum_texts(begin, told, sum_texts(indptr, text, of_text))
-                for of_text in (weight.double()[:, None], book.project(value, weight)))
-        n = n[:, 0]
+        n = sum_texts(begin, told, sum_texts(indptr, text, weight.double()[:, None]))[:, 0]
+        z = sum_texts(begin, told, sum_texts(indptr, text, book.project(value, weight)))
         r.append(responsibilities(book, z, n))
         total.append(n)
-    if not any(n.any() for n in total):
-        raise ValueError(f"{args.data}: no user has evidence, so there is nothing to infer IDs from")
     ids, probability = most_probable(r, total)
     write_profiles(out, profiles._replace(users=source.users, ids=ids, probability=probability, meta={
         **{key: profiles.meta[key] for key in ("settings", "layout", "lm")}, "command": "infer", "data": source.name,
