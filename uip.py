@@ -735,19 +735,19 @@ def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
     data.write_json(folder / "settings.json", settings)
 
 
-def lm_when_needed(args, without: str):
-    """A function that loads the LLM once, when it is first called: a finished text table needs none."""
-    return functools.cache(lambda: load_lm(args.lm, args.dtype, args.device, random=without == "pretraining"))
+def model_when_needed(args, layout: dict):
+    """A function that gives the LLM, loaded when it is first called (a finished text table needs none), and Layout."""
+    load = functools.cache(lambda: load_lm(args.lm, args.dtype, args.device, random=args.without == "pretraining"))
+    return lambda: (load()[0], Layout.build(layout, load()[1], m=args.tokens, without=args.without))
 
 
-def table_identity(args, layout_spec: dict, texts: list[tuple[str, str]], without: str) -> dict:
+def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
     """What the values of a text table depend on."""
-    lm = lm_identity(args.lm, without == "pretraining")
-    return json.loads(json.dumps({
-        "version": TABLE_VERSION, "layout": layout_spec, "tokens": args.tokens,
-        "without": without if without in IN_TABLE else "",
-        "lm": {key: lm[key] for key in ("fingerprint", "weights") if key in lm},
-        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}))
+    lm = lm_identity(args.lm, args.without == "pretraining")
+    return {"version": TABLE_VERSION, "layout": layout, "tokens": args.tokens,
+            "without": args.without if args.without in IN_TABLE else "",
+            "lm": {key: lm[key] for key in ("fingerprint", "weights") if key in lm},
+            "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
 def text_table(args, model, folder: Path, *texts) -> dict[str, np.ndarray]:
@@ -756,13 +756,12 @@ def text_table(args, model, folder: Path, *texts) -> dict[str, np.ndarray]:
         return make_table(args, model, folder, *texts)
 
 
-def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[str, str]],
-               without: str) -> dict[str, np.ndarray]:
+def make_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, str]]) -> dict[str, np.ndarray]:
     """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
 
     The array "reversed" is made where it is asked for (args.reversed).
     """
-    identity, first = table_identity(args, layout_spec, texts, without), rank_and_world_size()[0] == 0
+    identity, first = table_identity(args, layout, texts), rank_and_world_size()[0] == 0
     log, leftovers = print if first else lambda text: None, lambda: folder.glob("*_[0-9]*.npz")
     if (folder / "meta.json").exists():
         try:
@@ -780,9 +779,8 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
         claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
                               "code": data.sha256_of(Path(__file__))}, args.restart)
     barrier()
-    lm, tokenizer = model()
+    (lm, layout), began = model(), time.time()
     gc.set_threshold(100_000)                                          # a GPU would wait for Python's collector
-    layout, began = Layout.build(layout_spec, tokenizer, m=args.tokens, without=without), time.time()
     log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
     pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}
     backwards = lambda *texts, **how: [score_reversed(*texts, **how)]
@@ -796,7 +794,7 @@ def make_table(args, model, folder: Path, layout_spec: dict, texts: list[tuple[s
         arrays |= {field: np.concatenate(columns) for field, columns in zip(fields, zip(*parts))}
     if first:
         data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
-        write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, without == "pretraining"),
+        write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
                                      "seconds": round(time.time() - began, 1),
                                      "value_tokens": float(arrays["tokens"].sum())})
         for part in leftovers():
@@ -834,14 +832,14 @@ def command_fit(args) -> None:
             raise data.CommandError(2, f"--kinds {','.join(args.kinds)} leaves nothing that speaks for {name}: add one "
                                        f"of {', '.join(speak)}")
     user, item = (torch.from_numpy(column[rows]).long() for column in (source.user, source.x[:, 1]))
-    model = lm_when_needed(args, args.without)
+    model = model_when_needed(args, source.layout)
     if args.exact_users:
         ids, probability, books = exact_users(args, model, source, lists, user, out)
     else:
-        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts, args.without)
+        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts)
     if rank_and_world_size()[0] > 0:
         return
-    trace, identity = {}, table_hash({"identity": table_identity(args, source.layout, source.texts, args.without)})
+    trace, identity = {}, table_hash({"identity": table_identity(args, source.layout, source.texts)})
     fitted, prompts = [], {}
     if not args.exact_users:
         for p, (name, k) in enumerate(zip(names, args.codes)):
@@ -898,8 +896,7 @@ def prompt_scorer(args, model, source, evidence: Evidence, p: int):
 
     The other profiles are at θ⁰.
     """
-    lm, tokenizer = model()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=args.without)
+    lm, layout = model()
     used = torch.unique(take_lists(evidence.indptr, evidence.text, evidence.told)[1])
     theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
     bar = tqdm(desc="exact rounds", total=len(used) * args.codes[p] * (args.exact_rounds + 1), unit="text", delay=2)
@@ -919,8 +916,7 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
     """IDs by per-user prompt tuning and k-means, the reference for small sets: ids and probability [N, P], books."""
     told, *texts = (torch.from_numpy(array).long() for array in lists)
     indptr, text = (array.numpy() for array in take_lists(*texts, told))
-    lm, tokenizer = model()
-    layout = Layout.build(source.layout, tokenizer, m=args.tokens, without=args.without)
+    lm, layout = model()
     N, P = len(source.users), len(layout.names)
     by_user = indptr[np.searchsorted(user.numpy(), np.arange(N + 1))]
     active = [u for u in range(N) if by_user[u] < by_user[u + 1]]
@@ -975,12 +971,12 @@ def command_infer(args) -> None:
     if profiles.meta["layout"] != source.layout:
         raise ValueError(f"{given} and {args.data} have different layouts: IDs mean something only with the texts of "
                          "their codebook")
-    args.tokens, without = settings["tokens"], settings["without"]
-    args.reversed = without == "causality"
+    args.tokens, args.without = settings["tokens"], settings["without"]
+    args.reversed = args.without == "causality"
     rows, lists = training_texts(source, settings["kinds"])
     known = given / profiles.meta["table"]
     table, about = read_table(known)
-    needed = table_identity(args, source.layout, [], without)
+    needed = table_identity(args, source.layout, [])
     if {**about["identity"], "texts": ""} != {**needed, "texts": ""}:
         raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
                          "layout of their codebook")
@@ -989,7 +985,7 @@ def command_infer(args) -> None:
     new = [text for text in source.texts if text not in row_of]
     if new:
         row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
-        fresh = text_table(args, lm_when_needed(args, without), out / "table", source.layout, new, without)
+        fresh = text_table(args, model_when_needed(args, source.layout), out / "table", source.layout, new)
         table = {name: np.concatenate([table[name], fresh[name]]) for name in fresh}
     if rank_and_world_size()[0] > 0:
         return
@@ -998,7 +994,7 @@ def command_infer(args) -> None:
     begin = torch.from_numpy(np.searchsorted(source.user[rows], np.arange(len(source.users) + 1)))
     r, total = [], []
     for p, book in enumerate(profiles.books):
-        told, indptr, text, value, weight = profile_evidence(source, table, lists, p, without)
+        told, indptr, text, value, weight = profile_evidence(source, table, lists, p, args.without)
         n = sum_texts(begin, told, sum_texts(indptr, text, weight.double()[:, None]))[:, 0]
         z = sum_texts(begin, told, sum_texts(indptr, text, book.project(value, weight)))
         r.append(responsibilities(book, z, n))
