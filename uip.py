@@ -717,16 +717,19 @@ def load_or_compute(path: Path, compute) -> list[np.ndarray]:
     return arrays
 
 
-def all_parts(folder: Path, name: str, parts: list, compute) -> list[list[np.ndarray]]:
-    """compute(part) for all parts, a file each: this process computes its share, and reads the other processes'."""
-    files = [folder / f"{name}_{i:05d}.npz" for i in range(len(parts))]
+def all_parts(args, folder: Path, name: str, items: list, compute) -> list[np.ndarray]:
+    """Arrays of all items by compute(part, tick), a file per part: this process's share is made, the others' read."""
     rank, world = rank_and_world_size()
-    for i in range(rank, len(parts), world):
-        load_or_compute(files[i], lambda: compute(parts[i]))
-    barrier()
-    found = [load_or_compute(file, lambda: compute(part)) for file, part in zip(files, parts)]
+    parts = [items[i:i + args.part] for i in range(0, len(items), args.part)]
+    files = [folder / f"{name}_{i:05d}.npz" for i in range(len(parts))]
+    with tqdm(total=len(items), desc=name, delay=2, disable=rank > 0) as bar:
+        bar.update(sum(len(part) for part, file in zip(parts, files) if file.exists()))
+        for i in range(rank, len(parts), world):
+            load_or_compute(files[i], lambda: compute(parts[i], bar.update))
+        barrier()
+        found = [load_or_compute(file, lambda: compute(part, bar.update)) for file, part in zip(files, parts)]
     barrier()                                                          # until then no process removes a file
-    return found
+    return [np.concatenate(columns) for columns in zip(*found)]
 
 
 def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
@@ -782,16 +785,12 @@ def make_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, s
     (lm, layout), began = model(), time.time()
     gc.set_threshold(100_000)                                          # a GPU would wait for Python's collector
     log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
-    pieces, arrays = [texts[i:i + args.part] for i in range(0, len(texts), args.part)], {}
-    backwards = lambda *texts, **how: [score_reversed(*texts, **how)]
-    scorers = [("texts", score_texts, TextTable._fields), ("reversed", backwards, ["reversed"])]
-    for name, score, fields in scorers[:2 if args.reversed else 1]:
-        bar = tqdm(total=len(texts), desc=name, unit="text", delay=2, disable=not first)
-        bar.update(sum(len(piece) for i, piece in enumerate(pieces) if (folder / f"{name}_{i:05d}.npz").exists()))
-        parts = all_parts(folder, name, pieces, lambda piece: score(
-            lm, layout, piece, budget=args.budget or auto_budget(lm), tick=bar.update))
-        bar.close()
-        arrays |= {field: np.concatenate(columns) for field, columns in zip(fields, zip(*parts))}
+    budget = args.budget or auto_budget(lm)
+    arrays = dict(zip(TextTable._fields, all_parts(args, folder, "texts", texts, lambda part, tick: score_texts(
+        lm, layout, part, budget=budget, tick=tick))))
+    if args.reversed:
+        arrays["reversed"], = all_parts(args, folder, "reversed", texts, lambda part, tick: [score_reversed(
+            lm, layout, part, budget=budget, tick=tick)])
     if first:
         data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
         write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
@@ -928,26 +927,21 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
                            "part": args.part, "dtype": args.dtype,
                            "code": data.sha256_of(Path(__file__))}, args.restart)
     barrier()
-    pieces = [active[i:i + args.part] for i in range(0, len(active), args.part)]
-    bar = tqdm(total=len(active), desc="users", unit="user", delay=2, disable=not first)
 
-    def tune(piece: list[int]):
-        rows = pack([[source.texts[t] for t in text[by_user[u]:by_user[u + 1]]] for u in piece], layout)
-        return tune_users(lm, layout, rows, start.expand(len(piece), -1, -1, -1), steps=args.steps, lr=args.lr,
-                          budget=args.budget or auto_budget(lm), tick=bar.update)
+    def tune(part: list[int], tick):
+        rows = pack([[source.texts[t] for t in text[by_user[u]:by_user[u + 1]]] for u in part], layout)
+        return tune_users(lm, layout, rows, start.expand(len(part), -1, -1, -1), steps=args.steps, lr=args.lr,
+                          budget=args.budget or auto_budget(lm), tick=tick)
 
-    parts = all_parts(out, "users", pieces, tune)
-    theta = torch.from_numpy(np.concatenate([part[0] for part in parts])).flatten(2)         # (active, P, m·d)
-    if first:
-        total = sum(float(part[1].sum()) for part in parts)
-        print(f"per-user tuning: −log P(B|θ) {total:.2f} over {len(active)} users")
+    theta, value = map(torch.from_numpy, all_parts(args, out, "users", active, tune))        # (active, P, m, d)
     ids, books, blank = np.full((N, P), -1), [], torch.zeros(0, dtype=torch.float64)
     for p, k in enumerate(args.codes):
-        found = kmeans(theta[:, p], min(k, len(active)), generator=torch.Generator().manual_seed(args.seed))
+        found = kmeans(theta[:, p].flatten(1), min(k, len(active)), generator=torch.Generator().manual_seed(args.seed))
         ids[active, p] = found.ids.numpy()
         share = torch.bincount(found.ids, minlength=len(found.centroids)).double() / len(active)
         books.append(Codebook(blank, blank, blank, blank, share, found.centroids.double(), blank, blank, 0.0, []))
     if first:
+        print(f"per-user tuning: −log P(B|θ) {value.double().sum():.2f} over {len(active)} users")
         for part in out.glob("users_[0-9]*.npz"):
             part.unlink()
     return ids, (ids >= 0).astype(np.float32), books
