@@ -732,10 +732,13 @@ def all_parts(args, folder: Path, name: str, items: list, compute) -> list[np.nd
     return [np.concatenate(columns) for columns in zip(*found)]
 
 
-def claim_folder(folder: Path, settings: dict, restart: bool) -> None:
+def claim_folder(args, folder: Path, settings: dict) -> None:
     """Makes `folder` this run's own: parts of another run are refused, or dropped with --restart."""
-    data.claim(folder / "settings.json", settings, list(folder.glob("*_[0-9]*.npz")), restart)
-    data.write_json(folder / "settings.json", settings)
+    if rank_and_world_size()[0] == 0:
+        settings = {**settings, "part": args.part, "dtype": args.dtype, "code": data.sha256_of(Path(__file__))}
+        data.claim(folder / "settings.json", settings, list(folder.glob("*_[0-9]*.npz")), args.restart)
+        data.write_json(folder / "settings.json", settings)
+    barrier()
 
 
 def model_when_needed(args, layout: dict):
@@ -753,53 +756,45 @@ def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
-def text_table(args, model, folder: Path, *texts) -> dict[str, np.ndarray]:
-    """make_table, where no other run makes a table in the same folder at the same time."""
-    with nullcontext() if rank_and_world_size()[0] > 0 else data.exclusive_lock(folder / ".lock"):
-        return make_table(args, model, folder, *texts)
-
-
-def make_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+def text_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, str]]) -> dict[str, np.ndarray]:
     """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
 
-    The array "reversed" is made where it is asked for (args.reversed).
+    The array "reversed" is made where it is asked for (args.reversed). One run at a time makes a table in a folder.
     """
     identity, first = table_identity(args, layout, texts), rank_and_world_size()[0] == 0
     log, leftovers = print if first else lambda text: None, lambda: folder.glob("*_[0-9]*.npz")
-    if (folder / "meta.json").exists():
-        try:
-            arrays, meta = read_table(folder)
-            for part in leftovers() if first else ():                  # of a run killed behind meta.json
+    with data.exclusive_lock(folder / ".lock") if first else nullcontext():
+        if (folder / "meta.json").exists():
+            try:
+                arrays, meta = read_table(folder)
+                for part in leftovers() if first else ():              # of a run killed behind meta.json
+                    part.unlink()
+                if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
+                    log(f"text table of {len(texts)} texts: up to date")
+                    return arrays
+            except ValueError as error:
+                log(f"the text table is made again: {error}")
+        claim_folder(args, folder, identity)                           # until then no process removes meta.json
+        if first:
+            (folder / "meta.json").unlink(missing_ok=True)
+        (lm, layout), began = model(), time.time()
+        gc.set_threshold(100_000)                                      # a GPU would wait for Python's collector
+        log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
+        budget = args.budget or auto_budget(lm)
+        arrays = dict(zip(TextTable._fields, all_parts(args, folder, "texts", texts, lambda part, tick: score_texts(
+            lm, layout, part, budget=budget, tick=tick))))
+        if args.reversed:
+            arrays["reversed"], = all_parts(args, folder, "reversed", texts, lambda part, tick: [score_reversed(
+                lm, layout, part, budget=budget, tick=tick)])
+        if first:
+            data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
+            write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
+                                         "seconds": round(time.time() - began, 1),
+                                         "value_tokens": float(arrays["tokens"].sum())})
+            for part in leftovers():
                 part.unlink()
-            if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
-                log(f"text table of {len(texts)} texts: up to date")
-                return arrays
-        except ValueError as error:
-            log(f"the text table is made again: {error}")
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)
-        claim_folder(folder, {**identity, "part": args.part, "dtype": args.dtype,
-                              "code": data.sha256_of(Path(__file__))}, args.restart)
-    barrier()
-    (lm, layout), began = model(), time.time()
-    gc.set_threshold(100_000)                                          # a GPU would wait for Python's collector
-    log(f"text table: {len(texts)} texts to score with {args.lm}, {str(lm.dtype)[6:]} on {lm.device}")
-    budget = args.budget or auto_budget(lm)
-    arrays = dict(zip(TextTable._fields, all_parts(args, folder, "texts", texts, lambda part, tick: score_texts(
-        lm, layout, part, budget=budget, tick=tick))))
-    if args.reversed:
-        arrays["reversed"], = all_parts(args, folder, "reversed", texts, lambda part, tick: [score_reversed(
-            lm, layout, part, budget=budget, tick=tick)])
-    if first:
-        data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
-        write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
-                                     "seconds": round(time.time() - began, 1),
-                                     "value_tokens": float(arrays["tokens"].sum())})
-        for part in leftovers():
-            part.unlink()
-    barrier()
-    return read_table(folder)[0]
+        barrier()
+        return read_table(folder)[0]
 
 
 def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, tuple]:
@@ -920,13 +915,8 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
     by_user = indptr[np.searchsorted(user.numpy(), np.arange(N + 1))]
     active = [u for u in range(N) if by_user[u] < by_user[u + 1]]
     start = shared_prompt(lm, args.tokens).repeat(P, 1, 1)
-    first = rank_and_world_size()[0] == 0
-    if first:
-        claim_folder(out, {"data": source.meta["sha256"], "lm": lm_identity(args.lm), "steps": args.steps,
-                           "lr": args.lr, "tokens": args.tokens, "without": args.without, "kinds": args.kinds,
-                           "part": args.part, "dtype": args.dtype,
-                           "code": data.sha256_of(Path(__file__))}, args.restart)
-    barrier()
+    claim_folder(args, out, {"data": source.meta["sha256"], "lm": lm_identity(args.lm), "steps": args.steps,
+                             "lr": args.lr, "tokens": args.tokens, "without": args.without, "kinds": args.kinds})
 
     def tune(part: list[int], tick):
         rows = pack([[source.texts[t] for t in text[by_user[u]:by_user[u + 1]]] for u in part], layout)
@@ -940,7 +930,7 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
         ids[active, p] = found.ids.numpy()
         share = torch.bincount(found.ids, minlength=len(found.centroids)).double() / len(active)
         books.append(Codebook(blank, blank, blank, blank, share, found.centroids.double(), blank, blank, 0.0, []))
-    if first:
+    if rank_and_world_size()[0] == 0:
         print(f"per-user tuning: −log P(B|θ) {value.double().sum():.2f} over {len(active)} users")
         for part in out.glob("users_[0-9]*.npz"):
             part.unlink()
