@@ -1010,25 +1010,20 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run, *options: tuple) -> None:
-        text = run.__doc__.strip()
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        for flag, how in options:
-            sub.add_argument(flag, **how)
-
-    folder = lambda text: {"required": True, "metavar": "DIR", "help": text}
-    several = {**folder("folders written by uip.py fit, and by infer with its codebook"), "nargs": "+"}
-    command("bank", command_bank, ("--profiles", several),
-            ("--out", folder("where the bank goes; one there is replaced")))
-    command("lookup", command_lookup, ("--bank", folder("bank to look in")),
-            ("user", {"nargs": "+", "metavar": "USER", "help": "user id"}))
-    command("verify", command_verify, ("folder", {"nargs": "+", "metavar": "DIR", "help": "folder with a meta.json"}))
-    command("cards", command_cards, ("--profiles", folder("folder written by uip.py fit")),
-            ("--data", folder("folder written by data.py")),
-            ("--out", {"metavar": "FILE", "help": "Markdown file (default: standard output)"}),
-            ("--top", {"type": data.positive_int, "default": 5, "help": "evidence values shown per ID (default: 5)"}))
+    for run in (command_bank, command_lookup, command_verify, command_cards):
+        name = run.__name__.removeprefix("command_")
+        commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False).set_defaults(run=run)
+    bank, lookup, verify, cards = commands.choices.values()
+    bank.add_argument("--profiles", required=True, metavar="DIR", nargs="+",
+                      help="folders written by uip.py fit, and by infer with its codebook")
+    bank.add_argument("--out", required=True, metavar="DIR", help="where the bank goes; one there is replaced")
+    lookup.add_argument("--bank", required=True, metavar="DIR", help="bank to look in")
+    lookup.add_argument("user", nargs="+", metavar="USER", help="user id")
+    verify.add_argument("folder", nargs="+", metavar="DIR", help="folder with a meta.json")
+    cards.add_argument("--profiles", required=True, metavar="DIR", help="folder written by uip.py fit")
+    cards.add_argument("--data", required=True, metavar="DIR", help="folder written by data.py")
+    cards.add_argument("--out", metavar="FILE", help="Markdown file (default: standard output)")
+    cards.add_argument("--top", type=data.positive_int, default=5, help="evidence values shown per ID (default: 5)")
     args = parser.parse_args(argv)
     args.run(args)
 
