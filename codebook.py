@@ -674,7 +674,7 @@ class Bank:
         for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
             a, b = str(users[order[i]]), str(users[order[i + 1]])
             raise ValueError(f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
-        fresh, old = folder.with_name(folder.name + ".tmp"), replaced(folder)
+        fresh, old = (folder.with_name(folder.name + end) for end in (".tmp", ".replaced"))
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         np.save(fresh / "keys.npy", keys)
@@ -755,14 +755,9 @@ class Bank:
         return self.rows(self.sure, users) / np.float32(255)
 
 
-def replaced(folder: Path) -> Path:
-    """Where the old bank stands while the new one takes its place."""
-    return folder.with_name(folder.name + ".replaced")
-
-
 def standing(folder: Path) -> tuple[Path, tuple | None]:
     """Where the bank is now (the old one, while the new one takes its place), and what tells it from any other."""
-    for at in (folder, replaced(folder)):
+    for at in (folder, folder.with_name(folder.name + ".replaced")):
         try:
             found = os.stat(at / "meta.json")
         except (FileNotFoundError, NotADirectoryError):
