@@ -535,12 +535,6 @@ def sums_before(z: Tensor, user: Tensor, seen: Tensor) -> Tensor:
     return before.index_select(0, start + seen).sub_(before.index_select(0, start))
 
 
-def select_texts(indptr: Tensor, text: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The CSR (indptr [V + 1], text [nnz]) without the texts where keep [T] is False."""
-    kept = keep[text]
-    return torch.cat([indptr.new_zeros(1), kept.cumsum(0)])[indptr], text[kept]
-
-
 def bag_of_words(texts: list[str], width: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """Σ over a text's words of one random direction per word: the words without what an LLM knows of them (control).
 
@@ -823,7 +817,9 @@ def profile_evidence(source, table: dict, lists, p: int, without: str) -> Eviden
     else:
         value = torch.from_numpy(np.array(table[measurement][:, p]))
     told, indptr, text = (torch.from_numpy(array).long() for array in lists)
-    return Evidence(told, *select_texts(indptr, text, views & (weight > 0)), value, weight)
+    speaks = (views & (weight > 0))[text]                              # [nnz], the other texts leave their lists
+    indptr = torch.cat([indptr.new_zeros(1), speaks.cumsum(0)])[indptr]
+    return Evidence(told, indptr, text[speaks], value, weight)
 
 
 class Profiles(NamedTuple):
