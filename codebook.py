@@ -80,11 +80,11 @@ def assign(x: Tensor, centroids: Tensor, chunk: int | None = None) -> tuple[Tens
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur & Vassilvitskii 2007): each start is a row drawn by its squared distance. → [k, d]"""
     draw = lambda: torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
-    norms, closest, chosen = torch.linalg.vector_norm(x, dim=1).square(), None, [int(draw() * len(x))]
+    norms, chosen = torch.linalg.vector_norm(x, dim=1).square(), [int(draw() * len(x))]
+    closest = torch.full_like(norms, math.inf)                         # (N,) squared distance to the nearest start
     while len(chosen) < k:
         c = x[chosen[-1]]
-        distance = (norms - 2 * (x @ c) + c @ c).clamp_min(0)          # (N,)
-        closest = distance if closest is None else torch.minimum(closest, distance)
+        closest = torch.minimum(closest, (norms - 2 * (x @ c) + c @ c).clamp_min(0))
         closest[chosen] = 0
         mass = closest.double().cumsum(0)
         point = draw()
