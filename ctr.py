@@ -463,13 +463,9 @@ class Features:
 
     def columns(self, names: str, seed: int) -> tuple[np.ndarray, list[int]]:
         """Extra fields of a feature set such as "stats+userip": int64 [R, E], and their sizes, the 0 included."""
-        parts, sizes = [np.zeros((len(self.source.user), 0), np.int64)], []
-        for name in names.split("+"):
-            if name != "none":
-                codes, widths = self.codes(name, seed)
-                parts.append(codes)
-                sizes += [k + 1 for k in widths]
-        return np.concatenate(parts, 1), sizes
+        found = [self.codes(name, seed) for name in names.split("+") if name != "none"]
+        none = np.zeros((len(self.source.user), 0), np.int64)
+        return np.concatenate([none, *(codes for codes, _ in found)], 1), [k + 1 for _, sizes in found for k in sizes]
 
 
 def run_one(source, fold: Fold, columns: np.ndarray, sizes: list[int], model: str, seed: int, args) -> dict:
