@@ -14,8 +14,8 @@ learns
     θ_u ~ N(0, T), g_u / n_u | θ_u ~ N(θ_u, C / n_u)      by EM with closed-form steps (ours): who told little is shrunk
     z_u = the nearest of K centroids of the posterior means of θ_u, by k-means: the user's ID
 
-Codes count from 0 in arrays named `ids`, where −1 means "no evidence", and from 1
-in a bank and in cards, where 0 means "unknown user".
+Codes count from 0 in arrays named `ids`, where −1 means "no evidence", and from 1 in a bank and in cards, where 0 means
+"unknown user".
 """
 from __future__ import annotations
 
@@ -692,10 +692,7 @@ class Bank:
 
     @classmethod
     def open(cls, folder) -> "Bank":
-        """Memory-maps a bank.
-
-        FileNotFoundError if it is missing, ValueError if truncated, altered or of another version.
-        """
+        """Memory-maps a bank. FileNotFoundError: there is none. ValueError: it is damaged, or of another version."""
         folder, problem = Path(folder).resolve(), None
         at, identity = standing(folder)
         try:

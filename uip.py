@@ -105,10 +105,7 @@ class Layout:
         return self.kinds[name]
 
     def only(self, view: tuple[bool, ...]) -> "Layout":
-        """The layout of the texts with this view, without the profiles that they do not see.
-
-        Fewer columns, equal values.
-        """
+        """The layout of texts with this view, without profiles that they do not see: fewer columns, equal values."""
         pick = lambda items: tuple(item for item, seen in zip(items, view) if seen)
         kinds = {kind: (lead, pick(sees), cut) for kind, (lead, sees, cut) in self.kinds.items() if sees == view}
         return replace(self, profiles=pick(self.profiles), names=pick(self.names), kinds=kinds)
@@ -290,10 +287,7 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def auto_budget(lm) -> int:
-    """Tokens in one pass.
-
-    1,024 on a CPU; on a GPU as many as a forward and backward pass fits into half its free memory.
-    """
+    """Tokens in one pass: 1,024 on a CPU; on a GPU as many as fit, forward and backward, into half its free memory."""
     if lm.device.type != "cuda":
         return 1024
     layers, width, size = lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype.itemsize
@@ -654,10 +648,7 @@ IN_QUANTISER = ("em", "kmeans", "signal")                              # … tha
 
 
 def lm_identity(name: str, random: bool = False) -> dict:
-    """Which LLM it is, without loading it.
-
-    What data.py noted, or its name; and a fingerprint of all files of its folder.
-    """
+    """What tells an LLM from any other, without loading it: data.py's note or its name, and a hash of its files."""
     folder, sha = lm_folder(name), hashlib.sha256()
     noted = data.read_json(folder / "source.json") if (folder / "source.json").exists() else {"name": name}
     for file in sorted({file for pattern in LM_FILES for file in folder.glob(pattern)} - {folder / "source.json"}):
@@ -886,10 +877,7 @@ def report_fit(name: str, found: Fitted) -> dict:
 
 
 def prompt_scorer(args, model, source, evidence: Evidence, p: int):
-    """score(prompt [m·d]) → (nll [T], gradient [T, m·d]) of the texts that speak for profile p.
-
-    The other profiles are at θ⁰.
-    """
+    """score(prompt [m·d]) → (nll [T], gradient [T, m·d]) of profile p's texts, with the other profiles at θ⁰."""
     lm, layout = model()
     used = torch.unique(take_lists(evidence.indptr, evidence.text, evidence.told)[1])
     theta = shared_prompt(lm, args.tokens).repeat(len(layout.names), 1, 1)
@@ -938,10 +926,7 @@ def exact_users(args, model, source, lists, user: Tensor, out: Path):
 
 
 def command_infer(args) -> None:
-    """IDs of the users of --data from their training rows, with the codebooks of --profiles.
-
-    Only new texts need the LLM.
-    """
+    """IDs of the users of --data from their training rows by the codebooks of --profiles; the LLM reads new texts."""
     began, out, given, source = time.time(), Path(args.out), Path(args.profiles), data.read_data(args.data)
     if given.resolve() == out.resolve():
         raise data.CommandError(2, "infer: --out must not be --profiles, whose codebook stays as it is")
