@@ -278,12 +278,12 @@ def shared_prompt(lm, m: int) -> Tensor:
 
 def batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of rows, sorted by length, in groups of at most `budget` padded tokens (at least one row each)."""
-    groups = [[]]
+    groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
-    return groups if lengths else []
+    return groups
 
 
 def auto_budget(lm) -> int:
