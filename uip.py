@@ -340,7 +340,7 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     table = TextTable(blank(T), torch.zeros(T), blank(T, P, m * d), blank(T, d))
     for members, rows, part, seen in rows_by_view(layout, texts):
         cache, start = prefix(lm, part), theta[seen]
-        check_context(lm, part, rows)
+        check_rows(lm, part, rows)
         lengths = [length(row) + m * len(part.names) for row in rows]
         table.tokens[members] = torch.tensor([float(len(text.ids) - text.lead) for text, in rows])
 
@@ -390,8 +390,8 @@ def score_reversed(lm, layout: Layout, texts: list[tuple[str, str]], *, budget: 
     return fetch(table)
 
 
-def check_context(lm, layout: Layout, rows: list[list[Text]]) -> None:
-    """ValueError where an evidence text with its prompt does not fit the LLM's context; only θ may train."""
+def check_rows(lm, layout: Layout, rows: list[list[Text]]) -> None:
+    """ValueError unless the LLM is frozen, knows every token, and reads each text with its prompt in one context."""
     if any(weight.requires_grad for weight in lm.parameters()):
         raise ValueError("exactly one tensor trains, θ: freeze the LLM first, lm.requires_grad_(False)")
     highest, known = max((max(text.ids) for row in rows for text in row), default=0), lm.get_input_embeddings()
@@ -487,7 +487,7 @@ def tune_users(lm, layout: Layout, rows: list[list[Text]], theta: Tensor, *, ste
     → (theta [B, P, m, d], nll [B]); no user's NLL is worse than at the start. The text table replaces it: the first
     gradient of a user is the sum of the user's text gradients.
     """
-    check_context(lm, layout, rows)
+    check_rows(lm, layout, rows)
     start, theta, best_nll, cache = theta, theta.clone(), torch.full((len(rows),), math.inf), prefix(lm, layout)
 
     def climb(users: list[int]) -> None:
