@@ -354,14 +354,14 @@ def make_fold(source, protocol: str, label: str, fold: int) -> Fold:
         row, item = np.concatenate([rows, rows]), np.concatenate([item[rows], negative])
         y = np.arange(len(row)) < len(rows)
     columns = [source.x[row, 0]] * (protocol == "warm") + list(source.items[item].T)         # user, item, attributes
-    x, sizes = np.zeros((len(row), len(columns)), np.int32), []
-    for f, codes in enumerate(columns):
-        known = np.unique(codes[part[row] == 0])
-        known = known[known > 0]
-        place = np.searchsorted(known, codes).clip(max=max(len(known) - 1, 0))
-        x[:, f] = np.where(known[place] == codes, place + 1, 0) if len(known) else 0
+    x, sizes = [], []
+    for codes in columns:
+        known = np.setdiff1d(codes[part[row] == 0], [0])
+        new_code = np.zeros(codes.max(initial=0) + 1, np.int32)
+        new_code[known] = np.arange(1, len(known) + 1)
+        x.append(new_code[codes])
         sizes.append(len(known) + 1)
-    return Fold(part, rows_seen(source, part, protocol), row, x, y.astype(np.float32), sizes)
+    return Fold(part, rows_seen(source, part, protocol), row, np.stack(x, 1), y.astype(np.float32), sizes)
 
 
 def row_evidence(value: np.ndarray, known: np.ndarray | None = None) -> Evidence:
