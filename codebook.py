@@ -665,8 +665,9 @@ class Bank:
         keys = hash_users(users)
         order = keys.argsort(kind="stable")
         keys = keys[order]
-        for i in (keys[1:] == keys[:-1]).nonzero()[0][:1]:
-            a, b = str(users[order[i]]), str(users[order[i + 1]])
+        equal = (keys[1:] == keys[:-1]).nonzero()[0]
+        if len(equal):
+            a, b = users[order[equal[0]:equal[0] + 2]].tolist()
             raise ValueError(f"users {a!r} and {b!r} " + ("are the same" if a == b else "have the same hash"))
         fresh, old = (folder.with_name(folder.name + end) for end in (".tmp", ".replaced"))
         shutil.rmtree(fresh, ignore_errors=True)
@@ -932,12 +933,12 @@ def log_odds_z(counts: np.ndarray) -> np.ndarray:
     Informative Dirichlet prior (Monroe et al. 2008, "Fightin' Words"): a word's prior is its share of all words, one
     pseudo-count a word on average (ours), so that a rare word needs more than one lucky user.
     """
+    if counts.shape[1] < 2:
+        return np.zeros(counts.shape)
     total = counts.sum(0)                                              # (W,)
     prior = len(total) * total / max(1, total.sum())
     rest = total - counts
     odds = lambda y: np.log((y + prior) / (y.sum(1, keepdims=True) + prior.sum() - y - prior))
-    if len(total) < 2:
-        return np.zeros(counts.shape)
     return (odds(counts) - odds(rest)) / np.sqrt(1 / (counts + prior) + 1 / (rest + prior))
 
 
