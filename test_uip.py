@@ -2545,8 +2545,11 @@ def test_infer_scores_new_texts_only(fitted, tiny, planted_folder, tmp_path, sco
     lm, tokenizer = uip.load_lm(str(tiny))
     table = uip.score_texts(lm, uip.Layout.build(data.read_data(planted_folder).layout, tokenizer), texts)
     data.write_text(whole / "table/texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
-    codebook.write_table(whole / "table", {name: array.numpy() for name, array in table._asdict().items()},
-                         meta_of(whole / "table"))
+    code, _, said = call(uip, *infer_args(whole, tmp_path / "data", tiny, tmp_path / "other"))
+    assert code == 4 and "does not hold the texts of its table" in said
+    meta = meta_of(whole / "table")
+    meta["identity"]["texts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    codebook.write_table(whole / "table", {name: array.numpy() for name, array in table._asdict().items()}, meta)
     uip.main(infer_args(whole, tmp_path / "data", tiny, tmp_path / "same"))
     assert np.array_equal(arrays(tmp_path / "same")["ids"], arrays(tmp_path / "new")["ids"])
     assert (arrays(tmp_path / "new")["ids"] >= 0).all() and len(arrays(tmp_path / "new")["ids"]) == 20

@@ -945,12 +945,15 @@ def command_infer(args) -> None:
     rows, lists = training_texts(source, settings["kinds"])
     known = given / profiles.meta["table"]
     table, about = read_table(known)
-    needed = table_identity(args, source.layout, [])
-    if {**about["identity"], "texts": ""} != {**needed, "texts": ""}:
+    with open(known / "texts.jsonl", encoding="utf-8") as lines:
+        texts = [tuple(json.loads(line)) for line in lines]
+    needed = table_identity(args, source.layout, texts)
+    if about["identity"] != {**needed, "texts": about["identity"]["texts"]}:
         raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
                          "layout of their codebook")
-    with open(known / "texts.jsonl", encoding="utf-8") as lines:
-        row_of = {tuple(json.loads(line)): row for row, line in enumerate(lines)}
+    if about["identity"]["texts"] != needed["texts"]:
+        raise ValueError(f"{known / 'texts.jsonl'} does not hold the texts of its table: run `uip.py fit` again")
+    row_of = {text: row for row, text in enumerate(texts)}
     new = [text for text in source.texts if text not in row_of]
     if new:
         row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
