@@ -500,7 +500,7 @@ def read_runs(folder: Path, cut: bool = False) -> list[dict]:
         os.truncate(path, len(whole))
     try:
         runs = [json.loads(line) for line in whole.splitlines()]
-        if not all({"model", "features", "fold", "seed", "auc", "logloss"} <= set(run) for run in runs):
+        if not all({"model", "features", "fold", "seed", "auc", "gauc", "logloss"} <= set(run) for run in runs):
             raise ValueError("a line is not a run")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): pass --restart to run again") from None
