@@ -779,9 +779,9 @@ def text_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, s
                 lm, layout, part, budget=budget, tick=tick)])
         if first:
             data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
-            write_table(folder, arrays, {"identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
-                                         "seconds": round(time.time() - began, 1),
-                                         "value_tokens": float(arrays["tokens"].sum())})
+            write_table(folder, arrays, {
+                "identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
+                "seconds": round(time.time() - began, 1), "value_tokens": float(arrays["tokens"].sum())})
             for part in leftovers():
                 part.unlink()
         barrier()
