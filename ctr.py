@@ -645,8 +645,8 @@ def metric_mean(runs: list[dict], metric, model: str, features: str) -> float | 
     return float(np.mean([np.mean(list(seeds.values())) for seeds in found.values()])) if found else None
 
 
-def number(value: float | None) -> str:
-    """The number, or blank where nothing was run."""
+def cell(value: float | None) -> str:
+    """'0.7123', or blank where nothing was run."""
     return "" if value is None else f"{value:.4f}"
 
 
@@ -676,7 +676,7 @@ def overall_table(runs: list[dict], meta: dict) -> str:
         first, second = (set(by_fold(runs, lambda run: run["logloss"], model, one)) for one in (features, "none"))
         if meta["folds"] > 1 and len(first & second) == 1:             # so far: an interval over seeds, none over users
             gaps = [gap and (gap[0], math.nan, 1) for gap in gaps]
-        rows.append([model, features, *map(number, means), *map(signed, gaps)])
+        rows.append([model, features, *map(cell, means), *map(signed, gaps)])
     return markdown(["model", "features", "AUC", "gAUC", "logloss", f"AUC − none [95 % over {over}]",
                      f"logloss − none [95 % over {over}]"], rows)
 
@@ -690,7 +690,7 @@ def known_table(runs: list[dict], model: str) -> str:
     """AUC by number of rows that are known of a user (protocol new), a row per feature set."""
     names = [f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(KNOWN, KNOWN[1:])] + [f"{KNOWN[-1]}+"]
     return markdown(["features", *(f"{name} known" for name in names)], [
-        [features, *(number(metric_mean(runs, known_auc(least), model, features)) for least in KNOWN)]
+        [features, *(cell(metric_mean(runs, known_auc(least), model, features)) for least in KNOWN)]
         for features in dict.fromkeys(run["features"] for run in runs if run["model"] == model)])
 
 

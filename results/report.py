@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from codebook import perplexity, read_profiles, rows_by_id
-from ctr import (KNOWN, by_fold, difference, known_auc, known_table, markdown, metric_mean, number, overall_table,
+from ctr import (KNOWN, by_fold, cell, difference, known_auc, known_table, markdown, metric_mean, overall_table,
                  read_runs, signed)
 
 ROOT = Path(__file__).resolve().parent
@@ -282,7 +282,7 @@ def compare_variants(records: list[Record], column: str, name, of_whole) -> tupl
             found = [difference(runs, lambda run: run[metric], whole.model, "variant", "whole")
                      for metric in ("auc", "logloss")]
             gaps += found[:1]
-            means = [number(one.mean("userip", metric, whole.model)) for metric in ("auc", "logloss")]
+            means = [cell(one.mean("userip", metric, whole.model)) for metric in ("auc", "logloss")]
             scores = one.read("score").get("ari", {}).items()
             own = ", ".join(f"{profile} {score['own']:.3f}" for profile, score in scores)
             rows.append([whole.name, label(one), *means, *map(signed, found), own])
@@ -306,7 +306,7 @@ def section_transfer(records: list[Record], _) -> str:
     against = (("userip", "none"), ("userip", "random"), ("userip", "stats"), ("userip", "untuned"),
                ("stats+gap+userip", "stats+gap"))
     gaps = [[one.gap(*names, "auc", model) for names in against] for one, model in pairs]
-    rows = [[one.name, model, *(number(one.mean(name, model=model)) for name in ("none", "userip")), *map(signed, line)]
+    rows = [[one.name, model, *(cell(one.mean(name, model=model)) for name in ("none", "userip")), *map(signed, line)]
             for (one, model), line in zip(pairs, gaps)]
     sides = [count_sides([line[column] for line in gaps]) for column in (0, 1)]
     return rows and ("All models read the same IDs, which were made without them. The AUC of userip − none has an "
