@@ -534,9 +534,34 @@ def check_fold(fold: Fold, number: int) -> None:
                              "users, or fewer --folds")
 
 
+def read_fitted(args, source, parts: set[str]) -> tuple[dict, dict | None, dict]:
+    """How --profiles was fitted, its text table, and what to record of both; without --profiles, uip.py's defaults.
+
+    parts: the features wanted. Raises ValueError or CommandError where --profiles fits neither them nor the data.
+    """
+    fitted = {"codes": [4, 3], "directions": 16, "seed": 0, "kinds": None, "without": ""}
+    if not args.profiles:
+        return fitted, None, {"lm": None, "table": None}
+    made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
+    fitted |= {name: value for name, value in made["settings"].items() if name in fitted}
+    if made["settings"].get("exact_rounds") or made["settings"].get("exact_users"):
+        raise data.CommandError(2, f"{args.profiles} was made with --exact-rounds or --exact-users, which have no "
+                                   "closed form for IDs as of a row: fit without them")
+    if made["data_sha256"]["texts.jsonl"] != source.meta["sha256"]["texts.jsonl"]:
+        raise ValueError(f"{args.profiles} was made from other texts than those of {args.data}: run `uip.py fit` on it")
+    table, about = read_table(Path(args.profiles) / made["table"])
+    if "reversed" not in table and ((args.without or fitted["without"]) == "causality" or "reversed" in parts):
+        raise data.CommandError(2, "--features reversed needs a text table with it: pass --reversed to uip.py fit")
+    identity = table_hash(about)
+    if made.get("table_sha256", identity) != identity:
+        raise ValueError(f"{args.profiles} was made from another text table than is now in {made['table']}: "
+                         "run `uip.py fit` again")
+    return fitted, table, {"lm": made["lm"], "table": identity}
+
+
 def command_run(args) -> None:
     """Every model × feature set × fold × seed that --out does not hold yet, a line each in runs.jsonl."""
-    began, out, table, made, identity = time.time(), Path(args.out), None, {}, None
+    began, out = time.time(), Path(args.out)
     source, models = data.read_data(args.data), choose(args.models, MODELS, "--models")
     profiles, kinds = list(source.layout["profiles"]), source.layout["kinds"]
     for name in profiles:
@@ -556,23 +581,7 @@ def command_run(args) -> None:
         raise data.CommandError(2, f"--device {args.device} is not here: {str(error).splitlines()[0]}") from None
     if not args.profiles and parts - {"none", "stats", "gap"}:
         raise data.CommandError(2, f"--features {args.features} needs --profiles DIR, the folder that uip.py fit wrote")
-    fitted = {"codes": [4, 3], "directions": 16, "seed": 0, "kinds": None, "without": ""}
-    if args.profiles:
-        made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
-        fitted |= {name: value for name, value in made["settings"].items() if name in fitted}
-        if made["settings"].get("exact_rounds") or made["settings"].get("exact_users"):
-            raise data.CommandError(2, f"{args.profiles} was made with --exact-rounds or --exact-users, which have no "
-                                       "closed form for IDs as of a row: fit without them")
-        if made["data_sha256"]["texts.jsonl"] != source.meta["sha256"]["texts.jsonl"]:
-            raise ValueError(f"{args.profiles} was made from other texts than those of {args.data}: "
-                             "run `uip.py fit` on it")
-        table, about = read_table(Path(args.profiles) / made["table"])
-        if "reversed" not in table and ((args.without or fitted["without"]) == "causality" or "reversed" in parts):
-            raise data.CommandError(2, "--features reversed needs a text table with it: pass --reversed to uip.py fit")
-        identity = table_hash(about)
-        if made.get("table_sha256", identity) != identity:
-            raise ValueError(f"{args.profiles} was made from another text table than is now in {made['table']}: "
-                             "run `uip.py fit` again")
+    fitted, table, origin = read_fitted(args, source, parts)
     for name in ("codes", "directions", "kinds", "without"):
         setattr(args, name, getattr(args, name) or fitted[name])
     args.codebook_seed = fitted["seed"]
@@ -585,7 +594,7 @@ def command_run(args) -> None:
     settings = {
         "dataset": source.name, "protocol": args.protocol, "label": args.label, "folds": len(folds),
         **{key: getattr(args, key) for key in keys},
-        "data_sha256": source.meta["sha256"], "lm": made.get("lm"), "table": identity,
+        "data_sha256": source.meta["sha256"], **origin,
         "code_sha256": {name: data.sha256_of(Path(__file__).with_name(name)) for name in ("ctr.py", "codebook.py")}}
     data.refuse_others(out, "runs.jsonl")
     for number in folds:
