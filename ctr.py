@@ -443,17 +443,21 @@ class Features:
 
     def codes(self, name: str, seed: int) -> tuple[np.ndarray, list[int]]:
         """int64 [R, E] of one feature (not a sum a+b), and codes per field, without the 0."""
-        if name in ("random", "shuffled"):
-            own, sizes = self.codes("userip", seed)
-            rng, users = np.random.default_rng([seed, FEATURES.index(name)]), len(self.source.users)
-            if name == "random":
-                drawn = rng.integers(1, np.array(sizes) + 1, (users, len(sizes)))
-                return np.where(own > 0, drawn[self.source.user], 0), sizes
-            order = rng.permutation(users)                             # in a circle, so nobody keeps their own code
-            donor = np.roll(order, 1)[np.argsort(order)][self.source.user]    # whose code after as many rows, or last
-            first = np.searchsorted(self.source.user, np.arange(users))
-            count = np.bincount(self.source.user, minlength=users)
-            return own[first[donor] + np.minimum(self.fold.seen, count[donor] - 1)], sizes
+        if name not in ("random", "shuffled"):
+            return self.fitted(name)
+        own, sizes = self.fitted("userip")
+        rng, users = np.random.default_rng([seed, FEATURES.index(name)]), len(self.source.users)
+        if name == "random":
+            drawn = rng.integers(1, np.array(sizes) + 1, (users, len(sizes)))
+            return np.where(own > 0, drawn[self.source.user], 0), sizes
+        order = rng.permutation(users)                                 # in a circle, so nobody keeps their own code
+        donor = np.roll(order, 1)[np.argsort(order)][self.source.user]
+        first = np.searchsorted(self.source.user, np.arange(users))
+        count = np.bincount(self.source.user, minlength=users)
+        return own[first[donor] + np.minimum(self.fold.seen, count[donor] - 1)], sizes    # after as many rows, or last
+
+    def fitted(self, name: str) -> tuple[np.ndarray, list[int]]:
+        """codes(name) of a feature that has evidence; made once, as no seed plays a part."""
         if name not in self.made:
             fields = self.evidence(name)
             found = [ids_as_of_rows(self.source, self.fold, *field, self.args) for field in fields]
