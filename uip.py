@@ -454,9 +454,9 @@ def fit(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: int, *, d
         return Fitted(book, r, n, [], None)
     indptr, text = take_lists(evidence.indptr, evidence.text, evidence.told)
     indptr = indptr[torch.searchsorted(user, torch.arange(users + 1))]                       # each user's texts
-    mean = torch.stack([
-        (r[n > 0, j] @ sum_texts(indptr, text, evidence.value).double()[n > 0]) / (r[n > 0, j] @ n[n > 0])
-        for j in range(len(book.pi))])                                 # (K, m·d) gradient of a code's users, per token
+    known = n > 0
+    total = sum_texts(indptr, text, evidence.value).double()[known]    # (users with evidence, m·d)
+    mean = torch.stack([(share @ total) / (share @ n[known]) for share in r[known].T.contiguous()])      # per token
     downhill = -(mean - book.mean)
     step = lr * math.sqrt(downhill.shape[1]) / downhill.norm(dim=1, keepdim=True).clamp_min(1e-12)
     prompts = torch.nn.Parameter((start + step * downhill).float())    # as long a first step as one of Adam
