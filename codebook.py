@@ -113,7 +113,7 @@ def assign_and_accumulate(x: Tensor, c: Tensor, ids: Tensor, sums: Tensor) -> in
     moved = (new != ids).nonzero().flatten()
     if len(moved):
         sums += sums_by_code(x, moved, new[moved], len(c))
-        if ids[0] >= 0:                                                # the first time nothing is to be taken back
+        if ids[0] >= 0:                                                # in the first round no row has an old code
             sums -= sums_by_code(x, moved, ids[moved], len(c))
         ids.copy_(new)
     return len(moved)
@@ -247,12 +247,12 @@ def perplexity(ids, k: int) -> float:
 # ---------------------------------------------------------------------------------- measurements and directions
 
 class Evidence(NamedTuple):
-    """What R rows tell, in any kind of value: row r tells text[indptr[told[r]]:indptr[told[r] + 1]].
+    """The texts that R rows tell, and a vector for each text.
 
-    Many rows tell the same: V distinct lists of texts, as a CSR, which each row names by its number.
+    Many rows tell the same. Only V distinct lists are stored: row r tells text[indptr[v]:indptr[v + 1]], v = told[r].
     """
-    told: Tensor           # [R] int64 in 0 … V − 1
-    indptr: Tensor         # [V + 1] int64
+    told: Tensor           # [R] int64, the number of the row's list, 0 … V − 1
+    indptr: Tensor         # [V + 1] int64, where each list begins in `text`
     text: Tensor           # [nnz] int64, rows of `value`
     value: Tensor          # [T, D] fp32, for example the gradient of each distinct text
     weight: Tensor         # [T] fp32 ≥ 0, how much a text says: its value tokens, or 1
@@ -283,8 +283,8 @@ def take_lists(indptr: Tensor, text: Tensor, which: Tensor) -> tuple[Tensor, Ten
 def split_halves(user: Tensor, item: Tensor) -> Tensor:
     """Half A (False) or B (True) of each row, bool [R]: a user's distinct items go to A and B in turn.
 
-    user, item: [R] int64, each user's rows in order. All rows of one item fall into one half, so no text that is told
-    of an item by all its buyers stands in both halves of a user.
+    user, item: [R] int64, each user's rows in order. All rows of one item fall into one half: texts of an item are the
+    same for all its buyers, and a text in both halves of a user would look like agreement.
     """
     pairs, pair = torch.unique(user * (int(item.max()) + 1) + item, return_inverse=True)
     rows = torch.arange(len(user), device=user.device)
@@ -311,9 +311,8 @@ def noise_within_users(lists: Tensor, weight: Tensor, told: Tensor, user: Tensor
     """Covariance of one unit of weight, [D, D] fp64, from how the rows of a user differ; each user counts once (ours).
 
     lists: [V, D] sums of values; weight: [V] ≥ 0; told: [R] the list of each row; user: [R], sorted, at least one with
-    two rows of some weight. There are many more rows than users. From one difference between halves a user, more
-    dimensions than users would leave directions without any noise, and whoever divides by the noise would take them
-    for the user.
+    two rows of some weight. Rows are used, not halves: with one difference per user and more dimensions than users,
+    some directions would have no noise at all, and dividing by the noise would make them look like pure signal.
     """
     lists, weight = lists.double(), weight.double()                    # fp64: the difference of two sums is taken
     told, user = told[weight[told] > 0], user[weight[told] > 0]
@@ -439,11 +438,11 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     """One profile's codebook from the rows of its users (quantisation module; directions and prior are ours).
 
     evidence: of R rows; user, item: [R] int64, rows sorted by user, users in 0 … users − 1. k: codes, lowered to the
-    number of users with evidence. directions: at most so many. Not everybody is needed to learn: prior, codes and their
-    noise are those of 4 · most_users users with evidence, directions those of the first most_users among them with two
-    halves, and the noise that these are held against that of the users of the first most_rows rows. So users must come
-    in no meaningful order. without: "signal" (principal components instead of the directions that halves agree in),
-    "em" (no shrinking) or "kmeans" (VQ instead).
+    number of users with evidence. directions: at most so many. without: "signal" (principal components instead of
+    directions), "em" (no shrinking) or "kmeans" (VQ instead).
+    A sample of users is enough to learn from, so users must come in no meaningful order. Prior, codes and their noise
+    use the first 4 · most_users users with evidence; directions use the first most_users of these with two halves; the
+    noise within users, which find_directions divides by, uses the users of the first most_rows rows.
     Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
     """
     told, indptr, text, value, weight = evidence
@@ -627,10 +626,10 @@ class Bank:
     """User id → codes: sorted 64-bit hashes beside their codes, memory-mapped: readers share one page cache.
 
     keys.npy uint64 [N], codes.npy uint8 or uint16 [N, P], sure.npy uint8 [N, P] (probability of the code in 255ths),
-    codebook.npz, meta.json: 8 + 2 P bytes a user up to 255 codes. open() is fast at any size and therefore hashes only
-    samples of files above 4 MiB: it sees every truncated or exchanged file, and every altered byte of files up to 4
-    MiB; the command verify reads everything. A new bank takes the place of the old in two renames; a reader sees one of
-    the two, and keeps the one it has open.
+    codebook.npz, meta.json: 8 + 2 P bytes a user up to 255 codes. open() is fast at any size: it hashes all of a file
+    up to 4 MiB, but only samples of a larger one, which reveal a truncated or exchanged file but not every altered
+    byte; the command verify reads everything. A new bank replaces the old by two renames; a reader finds one of the two
+    at any moment, and keeps the one that it has open.
     """
 
     FILES = ("keys.npy", "codes.npy", "sure.npy", "codebook.npz")

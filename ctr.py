@@ -53,8 +53,8 @@ def uniform(rows: int, columns: int, bound: float) -> Tensor:
 class Fields(nn.Module):
     """One embedding table for all fields; a value outside its field (new, negative) reads the field's row 0.
 
-    Weights start in ±0.01: FM's factors must not be 0, which is a saddle point, but a value that was seen once keeps
-    nearly what it started with, and should add nothing to the logit.
+    Weights start in ±0.01: not at 0, which is a saddle point for FM's factors, and close to it, because a value that
+    is seen only once hardly moves and should add nearly nothing to the logit.
     """
 
     def __init__(self, sizes, width: int):
@@ -329,8 +329,8 @@ def rows_seen(source, part: np.ndarray, protocol: str) -> np.ndarray:
 def draw_negatives(source, train: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """For each row whose item has training rows, an item that its user never rated (label chosen).
 
-    Drawn by training popularity. → rows [n], items [n]. Rows of other items are left out: a negative always has
-    training rows, so its absence would give a positive away. So are rows of users who rated everything.
+    Drawn by training popularity. → rows [n], items [n]. Rows of items without training rows are left out, since no
+    negative is such an item, and a model could tell positives by it. So are rows of users who rated everything.
     """
     rng, count = np.random.default_rng([seed, 7]), np.bincount(source.x[train, 1], minlength=len(source.items))
     rated = np.unique(source.user.astype(np.int64) * len(count) + source.x[:, 1])

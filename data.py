@@ -127,7 +127,7 @@ def exclusive_lock(path):
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else its last holder just removed it
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # False: the last holder has removed it
         except (BlockingIOError, FileNotFoundError):
             held = False
         except (OSError, AttributeError):  # a file system or a platform without locks
@@ -1106,8 +1106,8 @@ def row_texts(data: Data, train: np.ndarray, kinds=None) -> tuple[np.ndarray, np
     """The texts that each row tells, verdicts included: row r tells text[indptr[told[r]]:indptr[told[r] + 1]].
 
     → told int64 [R], and the distinct lists of texts as a CSR, indptr int64 [V+1], text int32 [nnz], each in the
-    layout's order. Rows of one item, equally liked and with one verdict, tell the same, unless a text is the row's own
-    (OF_ONE_ROW): without such texts, lists are far fewer than rows.
+    layout's order. Rows with the same item, the same liking and the same verdict share a list; a row with a text of its
+    own (OF_ONE_ROW) has a list of its own. So there are far fewer lists than rows where no row has such a text.
     train: bool [R], the rows that items' mean ratings are taken over. kinds: only these (default: all).
     ValueError: a kind that the layout lacks.
     """

@@ -164,8 +164,8 @@ class Batch(NamedTuple):
 def visible(piece: Tensor, row: Tensor, block: Tensor, view: Tensor) -> Tensor:
     """Own-name mask, [L, K, K] bool (query, key).
 
-    A token sees what stands before it in its own piece, and of BOS, names and soft tokens those in its view that are
-    everybody's (row −1) or its row's. piece, row, block: [L, K]; view: [L, K, P + 2], by block.
+    A token sees earlier tokens of its own piece, and BOS, names and soft tokens that are in its view and belong to its
+    own row or to all rows (row −1). piece, row, block: [L, K]; view: [L, K, P + 2], by block.
     """
     in_view = view.gather(2, block[:, None].expand(-1, block.shape[1], -1))                  # (L, K, K)
     mine = (row[:, None] < 0) | (row[:, :, None] == row[:, None])
@@ -314,7 +314,7 @@ def run_batches(lengths: list[int], budget: int, run) -> None:
 
 
 def rows_by_view(layout: Layout, texts: list[tuple[str, str]]):
-    """Yields per view: indices of its texts, a row each, the layout of the profiles that they see, and which."""
+    """Yields for each view: (indices of its texts, their packed rows, the layout of its profiles, its profiles)."""
     groups = {}
     for i, (kind, _) in enumerate(texts):
         groups.setdefault(layout.kind(kind)[1] if layout.own_names else (True,) * len(layout.names), []).append(i)
@@ -758,14 +758,14 @@ def text_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, s
         if (folder / "meta.json").exists():
             try:
                 arrays, meta = read_table(folder)
-                for part in leftovers() if first else ():              # of a run killed behind meta.json
+                for part in leftovers() if first else ():              # of a run killed after it wrote meta.json
                     part.unlink()
                 if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
                     log(f"text table of {len(texts)} texts: up to date")
                     return arrays
             except ValueError as error:
                 log(f"the text table is made again: {error}")
-        claim_folder(args, folder, identity)                           # until then no process removes meta.json
+        claim_folder(args, folder, identity)                           # waits until all processes have read meta.json
         if first:
             (folder / "meta.json").unlink(missing_ok=True)
         (lm, layout), began = model(), time.time()
