@@ -838,9 +838,9 @@ def code_sizes(text: str) -> list[int]:
 BOOK = ("mean", "directions", "noise", "prior", "pi", "mu", "spread", "eigenvalues")   # in profiles.npz
 
 
-def table_hash(meta: dict) -> str:
+def table_hash(identity: dict) -> str:
     """What tells one text table from another in the same folder: sha256 of its identity (texts, layout, LLM, …)."""
-    return hashlib.sha256(json.dumps(meta["identity"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def write_profiles(folder: Path, profiles: Profiles, more: dict[str, np.ndarray] = {}) -> None:

@@ -556,7 +556,7 @@ def read_fitted(args, source, parts: set[str]) -> tuple[dict, dict | None, dict]
     table, about = read_table(Path(args.profiles) / made["table"])
     if "reversed" not in table and ((args.without or fitted["without"]) == "causality" or "reversed" in parts):
         raise data.CommandError(2, "--features reversed needs a text table with it: pass --reversed to uip.py fit")
-    identity = table_hash(about)
+    identity = table_hash(about["identity"])
     if made.get("table_sha256", identity) != identity:
         raise ValueError(f"{args.profiles} was made from another text table than is now in {made['table']}: "
                          "run `uip.py fit` again")

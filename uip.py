@@ -824,8 +824,7 @@ def command_fit(args) -> None:
         table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts)
     if rank_and_world_size()[0] > 0:
         return
-    trace, identity = {}, table_hash({"identity": table_identity(args, source.layout, source.texts)})
-    fitted, prompts = [], {}
+    trace, fitted, prompts = {}, [], {}
     if not args.exact_users:
         for p, (name, k) in enumerate(zip(names, args.codes)):
             evidence = profile_evidence(source, table, lists, p, args.without)
@@ -843,9 +842,9 @@ def command_fit(args) -> None:
         "command": "fit", "settings": {key: getattr(args, key) for key in keys},
         "lm": lm_identity(args.lm, args.without == "pretraining"),
         "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
-        "table": os.path.relpath(args.table or out / "table", out), "table_sha256": identity,
-        "code_sha256": data.sha256_of(Path(__file__)),
-        "run": data.run_facts(began, "uip.py")}), prompts)
+        "table": os.path.relpath(args.table or out / "table", out),
+        "table_sha256": table_hash(table_identity(args, source.layout, source.texts)),
+        "code_sha256": data.sha256_of(Path(__file__)), "run": data.run_facts(began, "uip.py")}), prompts)
 
 
 def most_probable(r: list[Tensor], n: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
