@@ -850,8 +850,7 @@ def command_fit(args) -> None:
 def most_probable(r: list[Tensor], n: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """IDs [N, P], −1 without evidence, and their probability, from each profile's responsibilities and evidence."""
     known = torch.stack(n, 1) > 0
-    best = [one.max(1) for one in r]
-    ids, probability = (torch.stack([getattr(one, name) for one in best], 1) for name in ("indices", "values"))
+    probability, ids = (torch.stack(column, 1) for column in zip(*(one.max(1) for one in r)))
     return torch.where(known, ids, -1).numpy(), torch.where(known, probability, 0).numpy()
 
 
