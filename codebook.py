@@ -11,7 +11,7 @@ g_u / n_u measures how θ_u differs from everybody's, with noise C / n_u (its si
 learns
 
     the directions in which two halves of a user's evidence agree (signal against noise), and, in these coordinates,
-    θ_u ~ N(0, T), g_u / n_u | θ_u ~ N(θ_u, C / n_u)      by EM with closed-form steps (ours): who told little is shrunk
+    θ_u ~ N(0, T), g_u / n_u | θ_u ~ N(θ_u, C / n_u)      by EM in closed form (ours); it shrinks users of few rows
     z_u = the nearest of K centroids of the posterior means of θ_u, by k-means: the user's ID
 
 Codes count from 0 in arrays named `ids`, where −1 means "no evidence", and from 1 in a bank and in cards, where 0 means
@@ -198,7 +198,7 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     centroids = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size).float()
     if init is None:
         centroids = canonical_order(centroids, assign(x, centroids)[0])
-    ids, distances = assign(x, centroids)                              # in this order: it decides ties
+    ids, distances = assign(x, centroids)                              # again: their new order decides ties
     return Clusters(centroids, ids, float(distances.double().sum()), history)
 
 
@@ -342,7 +342,7 @@ def find_directions(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, noise: Tenso
     n_a, n_b = n_a.double(), n_b.double()                              # products over users in fp32, the rest in fp64
     a, b = a.float() / n_a[:, None].float(), b.float() / n_b[:, None].float()
     both = n_a * n_b / (n_a + n_b)
-    trust = both / (both + both.median())                              # a user with much evidence counts up to once
+    trust = both / (both + both.median())                              # a user's weight, 0 … 1, by amount of evidence
     share = (trust / trust.sum()).float()[:, None]                     # (N, 1)
     middle = ((a + b) * share).sum(0) / 2
     values, vectors = torch.linalg.eigh(noise / (n_a + n_b).median())  # of the median user's mean
@@ -388,8 +388,8 @@ class Codebook(NamedTuple):
 def posterior(z: Tensor, n: Tensor, noise: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """E-step: mean and variance of θ_u given its evidence, [N, q] each; z [N, q] sums of coordinates, n [N] > 0.
 
-    θ_u ~ N(0, T) is measured by z/n with noise/n, so who told little is shrunk much, with no setting for it: the prior
-    counts as noise / T further units of weight at 0.
+    z/n measures θ_u ~ N(0, T) with variance noise/n. So the prior acts like noise / T more units of weight at 0, and
+    little evidence means strong shrinking, without a setting for it.
     """
     total = n[:, None] + noise / prior                                 # (N, q) units of weight
     return z / total, noise / total
@@ -506,8 +506,8 @@ def ids_before(book: Codebook, evidence: Evidence, user: Tensor, seen: Tensor,
                rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Each row's ID from the first seen[r] rows of its user: ids [R] int64 (−1: no evidence), probability [R] fp32.
 
-    user: [R] int64, rows sorted by user and then by time. Whole users at a time, about `rows` rows, so that memory does
-    not grow with R, and the pieces stay in a CPU's cache.
+    user: [R] int64, rows sorted by user and then by time. Works on about `rows` rows at a time, always whole users:
+    memory stays bounded, and a piece fits a CPU's cache.
     """
     rows = rows or (32_768 if user.device.type == "cpu" else 65_536)
     value = torch.cat([book.project(evidence.value, evidence.weight), evidence.weight[:, None]], 1)

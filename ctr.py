@@ -294,7 +294,7 @@ except ImportError:                                                    # copied 
 
 FEATURES = ("none", "userip", "untuned", "reversed", "bag", "stats", "gap", "random", "shuffled")
 ABLATIONS = {"untuned": "tuning", "reversed": "causality", "bag": "llm"}             # feature → the part that it lacks
-KNOWN = (0, 1, 2, 4, 8, 16)                                            # buckets: 0, 1, 2–3, 4–7, 8–15, 16+ known rows
+KNOWN = (0, 1, 2, 4, 8, 16)                                            # least number of known rows in each bucket
 
 
 class Fold(NamedTuple):

@@ -461,7 +461,7 @@ class Refused(ValueError):
 
 
 def read_rows(path: Path, rows, take) -> dict:
-    """Call take(row) for all rows, b"" being a line too long. Returns counts: lines, refused {reason: n}.
+    """Call take(row) for all rows, b"" stands for a line that was too long. Returns counts: lines, refused {reason: n}.
 
     ValueError: there is no row, or more than half of them are refused; it names the first.
     """

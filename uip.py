@@ -53,7 +53,7 @@ class Layout:
 
     Every block sees BOS and, causally, itself. A name+θ block sees nothing else (own-name mask). An evidence block
     (lead value) also sees the name+θ blocks of its view, and no other evidence. Each name+θ block starts at position
-    1, every evidence block right after the longest of them: no block knows how many others there are.
+    1, every evidence block right after the longest of them, so no position depends on the number of other blocks.
     """
     profiles: tuple[str, ...]                                      # P names, in the order of θ's second axis
     names: tuple[tuple[int, ...], ...]                             # P token sequences, "The user's hobby is"
@@ -329,8 +329,8 @@ def score_texts(lm, layout: Layout, texts: list[tuple[str, str]], theta: Tensor 
     """One forward and backward pass per text (ours: gradients of users are sums over their texts).
 
     texts: [(kind, value), …], each once. theta: [P, m, d] soft tokens, θ⁰ by default. budget: padded tokens in one
-    pass, up to one line more, halved when memory runs out. columns: as many texts as fit into so many share a line, by
-    default 64 on a GPU; on a CPU each has its own. Raises ValueError where the likelihood is not finite or a text
+    pass (at most one line more), halved when memory runs out. columns: length of a line that several texts share, by
+    default 64 on a GPU, and one text a line on a CPU. Raises ValueError where the likelihood is not finite or a text
     exceeds the LLM's context.
     """
     P, m, d, T = len(layout.names), layout.m, lm.get_input_embeddings().embedding_dim, len(texts)

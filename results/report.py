@@ -361,7 +361,7 @@ def section_meaning(records: list[Record], _) -> str:
 # what it is, format, aim, and whether the README shows it.
 FIGURES = (
     ("em", "of_limit", "text table: share of the speed of the LLM's bare passes", ".2f", "≥ 0.85", 1),
-    ("em", "vs_naive", "text table: times as fast as a prompt of its own for each text, fp32", ".1f", "≥ 3", 1),
+    ("em", "vs_naive", "text table: times as fast as one prompt per text, fp32", ".1f", "≥ 3", 1),
     ("em", "vs_naive_same_dtype", "text table: … in the table's own dtype", ".1f", "", 0),
     ("em", "tokens_per_s", "text table: tokens per second", ",.0f", "", 1),
     ("em", "ms_per_text", "text table: ms for a distinct text, the LLM at request time", ".1f", "", 0),
@@ -409,7 +409,7 @@ GPU_FIGURES = (
     ("AUC of DeepFM less that of the CPU", "+.4f", lambda part: part["auc_gap"]),
     ("tokens per second", ",.0f", lambda part: part["tokens_per_s"]),
     ("share of the speed of the LLM's bare passes", ".2f", lambda part: part["of_limit"]),
-    ("times as fast as a prompt of its own for each text, equal dtype", ".1f", lambda part: part["vs_naive_same_dtype"]),
+    ("times as fast as one prompt per text, equal dtype", ".1f", lambda part: part["vs_naive_same_dtype"]),
     ("seconds, {n:,} × {d}, K = {k}", ".3f", lambda part: part["k"] and part["seconds"]["ours"]),
     ("seconds of the text table", ".1f", lambda part: float(part["seconds"])),
     ("seconds of the text table, {dtype}", ".1f", lambda part: part["table_s"]),
