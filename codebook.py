@@ -162,7 +162,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
     Exactly `iters` iterations unless no row moves any more. ids and inertia are those of `assign(x, centroids)`.
     Memory: 48 bytes a row, and a centred fp32 copy of x unless x is fp32 and its mean is small beside its spread.
     The default generator is seeded with 0; the global one is never used.
-    Raises ValueError for a bad shape, k < 1, k > N, an unfit init, or NaN, infinite or huge values.
+    Raises ValueError for a bad shape, k < 1, k > N, an unfit init, NaN, infinite or huge values, or float64 rows so far
+    from 0 that fp32 centroids would be equal.
     """
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"k-means needs a table [rows, dimensions], got the shape {list(x.shape)}")
@@ -195,7 +196,10 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
         found, inertias = lloyd(centred, start, total, iters)
         if best is None or inertias and inertias[-1] < history[-1]:
             best, history = found, inertias
-    centroids = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size).float()
+    exact = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size)
+    centroids = exact.float()
+    if len(centroids.unique(dim=0)) < len(exact.unique(dim=0)):
+        raise ValueError("float32 cannot tell the centroids apart so far from 0: subtract the mean of x first")
     if init is None:
         centroids = canonical_order(centroids, assign(x, centroids)[0])
     ids, distances = assign(x, centroids)                              # again: their new order decides ties
@@ -443,9 +447,11 @@ def fit_codebook(evidence: Evidence, user: Tensor, item: Tensor, users: int, k: 
     A sample of users is enough to learn from, so users must come in no meaningful order. Prior, codes and their noise
     use the first 4 · most_users users with evidence; directions use the first most_users of these with two halves; the
     noise within users, which find_directions divides by, uses the users of the first most_rows rows.
-    Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence.
+    Returns (codebook, z [users, q], n [users]). Raises ValueError where no user has evidence or rows are not sorted.
     """
     told, indptr, text, value, weight = evidence
+    if len(user) and (int(user[0]) < 0 or int(user[-1]) >= users or bool((user.diff() < 0).any())):
+        raise ValueError(f"rows must be sorted by user, and users be numbers from 0 to {users - 1}")
     begin = torch.searchsorted(user, torch.arange(users + 1, device=user.device))            # each user's rows
     list_weight = sum_texts(indptr, text, weight[:, None].float())     # (V, 1)
     n = sum_texts(begin, told, list_weight)[:, 0].double()
@@ -559,7 +565,10 @@ def as_ids(users) -> np.ndarray:
     """User ids as an array of texts [n]; whole numbers count as their decimal text. ValueError for anything else."""
     if isinstance(users, np.ndarray) and users.ndim == 1 and users.dtype.kind in "Uiu":
         return users.astype(str, copy=False)
-    users = list(users)                                                # numpy would make texts of floats and None
+    try:
+        users = list(users)                                            # numpy would make texts of floats and None
+    except TypeError:
+        raise ValueError(f"a user id is a text or a whole number, not {type(users).__name__}") from None
     try:
         text = "\0".join(users) + "\0"
     except TypeError:                                                  # not texts alone
@@ -839,7 +848,7 @@ BOOK = ("mean", "directions", "noise", "prior", "pi", "mu", "spread", "eigenvalu
 
 
 def table_hash(identity: dict) -> str:
-    """What tells one text table from another in the same folder: sha256 of its identity (texts, layout, LLM, …)."""
+    """What tells one text table from another in the same folder: sha256 of its identity (texts, layout, LLM, dtype)."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

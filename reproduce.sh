@@ -53,11 +53,16 @@ read_or_nothing() { cat "$1" 2>/dev/null || true; }
 check() {  # check NAME REGEX WORDS: a setting that is empty has its default
   [ -z "${!1:-}" ] || [[ ${!1} =~ ^($2)$ ]] || fail 2 "$1=${!1} is not $3"
 }
-NUMBER='[1-9][0-9]{0,8}' MODEL='lr|fm|deepfm|dcn' SET='amazon(14|18|23):[A-Za-z0-9_]+|nete:[^ ]+'
+NUMBER='[1-9][0-9]{0,8}' MODEL='lr|fm|deepfm|dcn' SET='amazon(14|18|23):[A-Za-z0-9_]+|nete:[[:alnum:]_./~+,@%=-]+'
 for name in USERS SEEDS BUDGET NPROC CAP REVIEWS; do check $name "$NUMBER" "a whole number from 1 to 999999999"; done
 check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 16,16"
+[ "${CODES%,*}" -le 65535 ] && [ "${CODES#*,}" -le 65535 ] || fail 2 "CODES=$CODES: a profile has at most 65535 codes"
 check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
-check SETS " *($SET)( +($SET))* *" "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH, with spaces between"
+check SETS " *($SET)( +($SET))* *" \
+  "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH (letters, digits and _./~+,@%=-), with spaces between"
+for name in $SETS; do
+  case $name in nete:*) [ -f "${name#nete:}/reviews.pickle" ] || fail 4 "$name: there is no reviews.pickle" ;; esac
+done
 check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
 check DEVICE "auto|cpu|cuda(:[0-9]+)?" "one of auto, cpu, cuda and cuda:NUMBER"
 [ -z "$RAW" ] || [ -d "$RAW" ] || fail 4 "RAW=$RAW: there is no such folder"
@@ -144,6 +149,7 @@ python3_10() {  # the interpreter to make the environment with: PYTHON, or the f
 
 environment() {  # .venv with the pinned packages; one that this script left half made is made again, no other
   local python
+  mkdir -p runs "$RESULTS" 2>/dev/null && [ -w "$RESULTS" ] || fail 3 "cannot write in $PWD/runs or $RESULTS"
   export NEW_ENV=:                              # not part of the stage's command: that is the same the next time
   if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
       "$VENV" 2>/dev/null; then
@@ -151,12 +157,15 @@ environment() {  # .venv with the pinned packages; one that this script left hal
       fail 2 "$VENV exists and is not a Python environment with pip: move it, or set VENV"
     fi
     python=`python3_10`
-    mkdir -p runs 2>/dev/null || fail 3 "cannot write in $PWD: it needs a folder runs/ for its work"
     echo "$VENV" > runs/env.venv && rm -f runs/env.stamp
     NEW_ENV="`printf %q "$python"` -m venv --clear `printf %q "$VENV"`"
   fi
   stage env requirements.txt "" "$PY" \
     "eval \"\$NEW_ENV\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+  case $DEVICE in cuda*)
+    "$PY" -c 'import sys, torch; torch.zeros(1, device=sys.argv[1])' "$DEVICE" 2>/dev/null ||
+      fail 2 "DEVICE=$DEVICE is not here: torch cannot use it" ;;
+  esac
 }
 
 language_model() {  # the default one, or LM; its fingerprint is part of a stage's command, so a changed folder is seen
@@ -164,12 +173,13 @@ language_model() {  # the default one, or LM; its fingerprint is part of a stage
 data.run_command("uip.py", lambda: print(uip.lm_identity(sys.argv[1])["fingerprint"]))'
   name=`printf %q "${LM:-models/default}"`
   if [ -z "$LM" ]; then
-    stage lm data.py env models/default/source.json "$Q data.py lm --out models/default"
+    stage lm data.py env models/default/model.safetensors "$Q data.py lm --out models/default"
+    identity=`{ cat models/default/* 2>/dev/null || true; } | hash_of`
   else
     identity=`"$PY" -c "$identity" "$LM"` || exit
-    stage lm "" env . "echo LM=$name $identity"
+    stage lm "" env . "echo LM=$name"
   fi
-  ARGS="--lm $name --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH"
+  ARGS="--lm $name --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH  # LLM $identity"
 }
 
 seconds() {  # seconds per stage of the run so far, as JSON

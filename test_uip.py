@@ -70,6 +70,14 @@ def test_run_command_turns_errors_into_one_sentence_and_a_code_and_lets_bugs_thr
     assert not code or stop.value.code == code and err.startswith(f"some.py: {says}")
 
 
+@pytest.mark.parametrize("ending", ["> /dev/full", "| true"])
+def test_output_that_cannot_be_written_is_one_sentence(ending):
+    code = "import data, time; data.run_command('p', lambda: time.sleep(0.2) or print('one line'))"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {ending}', sys.executable, code],
+                          capture_output=True, text=True, env={**PYTHON_PATH, "PYTHONUNBUFFERED": ""})
+    assert done.returncode == 3 and re.fullmatch("p: cannot read or write: .*\n", done.stderr)
+
+
 def test_commands_work_in_a_latin_1_locale_and_import_no_torch(tmp_path):
     environment = {**PYTHON_PATH, "PYTHONIOENCODING": "latin-1"}
     code = """import data, sys
@@ -281,6 +289,17 @@ def test_a_folder_by_hand(tmp_path, capsys):
     assert types == {"user": "int32", "x": "int32", "rating": "float32", "price": "float32", "time": "int64",
                      "part": "int8", "users": "<U1", "items": "int32", "indptr": "int64", "text": "int32",
                      "verdicts": "int32"}
+
+
+def test_write_data_takes_ids_as_pandas_has_them_and_refuses_what_is_no_id(tmp_path):
+    plain = tiny_dataset()
+    for name, one in (("array", plain), ("objects", plain._replace(users=plain.users.astype(object))),
+                      ("list", plain._replace(users=plain.users.tolist(), items=plain.items.tolist()))):
+        data.write_data(tmp_path / name, "tiny", one, SHOP_LAYOUT)
+        assert data.read_data(tmp_path / name).users.tolist() == data.read_data(tmp_path / "array").users.tolist()
+    with pytest.raises(ValueError, match="users must be a list of texts or of whole numbers"):
+        data.write_data(tmp_path / "none", "tiny", plain._replace(users=np.array([None, 1.5], object)), SHOP_LAYOUT)
+    assert not (tmp_path / "none").exists()
 
 
 def test_row_texts_by_hand(tmp_path):
@@ -1120,6 +1139,13 @@ def test_kmeans_of_few_or_equal_points_gives_equal_points_equal_codes():
     assert len(two[:6].unique()) == len(two[6:].unique()) == 1 and two[0] != two[6]
 
 
+def test_kmeans_of_float64_far_from_0_is_right_or_refused():
+    x = torch.tensor([[0.0], [1.0], [10.0], [11.0]], dtype=torch.float64)
+    assert kmeans(x + 1e6, 2).ids.tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
+    with pytest.raises(ValueError, match="subtract the mean"):
+        kmeans(x + 1e12, 2)
+
+
 def test_kmeans_bad_input():
     x, nan = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.0], [math.nan], [1.0]])
     for bad, k, options, says in (
@@ -1214,6 +1240,14 @@ def planted_evidence(users=1200, d=14, q=2, seed=0, signal=1.0):
                         torch.from_numpy(weight))
     truth = {"B": B, "common": common, "theta": theta, "code": code}
     return evidence, torch.from_numpy(user), item, {name: torch.from_numpy(array) for name, array in truth.items()}
+
+
+@pytest.mark.parametrize("user", [[1, 0, 2, 3], [0, 1, 2, 4], [-1, 0, 1, 2]])
+def test_fit_codebook_refuses_rows_that_are_not_sorted_and_users_that_are_not_counted(user):
+    row = torch.arange(4)
+    evidence = Evidence(row, torch.arange(5), row, torch.randn(4, 3, generator=seeded(0)), torch.ones(4))
+    with pytest.raises(ValueError, match="sorted by user"):
+        codebook.fit_codebook(evidence, torch.tensor(user), row, 4, 2)
 
 
 def test_fit_codebook_recovers_subspace_mixture_and_codes():
@@ -1558,6 +1592,9 @@ def test_bank_refuses_bad_input(tmp_path, monkeypatch):
         for refuse in (bank.lookup, bank.probability, lambda users: Bank.build(tmp_path / "new", users, one)):
             with pytest.raises(ValueError, match="user ids"):
                 refuse(users)
+    for user in (3.0, None, np.array(3)):
+        with pytest.raises(ValueError, match="a user id is a text or a whole number"):
+            bank.lookup(user)
     monkeypatch.setattr(codebook, "hash_users", lambda users: np.full(len(users), 9, np.uint64))
     with pytest.raises(ValueError, match="'a' and 'b' have the same hash"):
         Bank.build(tmp_path / "new", two, one)
@@ -2579,7 +2616,7 @@ def test_users_without_evidence_get_no_id(tiny, tmp_path):
 
 def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted_folder, tmp_path, capsys):
     share = ["--table", fitted / "table"]
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "users", *USERS, *share))
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "users", *USERS))
     found = arrays(tmp_path / "users")
     assert "per-user tuning: −log P(B|θ)" in capsys.readouterr().out and not list(tmp_path.glob("users/users_*"))
     assert (found["ids"] >= 0).all() and found["mu_0"].shape == (4, 16) and found["pi_1"].sum() == pytest.approx(1)
@@ -2587,7 +2624,7 @@ def test_exact_users_tune_each_user_and_exact_rounds_climb(fitted, tiny, planted
     code, _, said = call(uip, *infer_args(tmp_path / "users", planted_folder, tiny, tmp_path / "new"))
     assert code == 2 and "no closed form for new users" in said
     for more in (["--exact-rounds", "1"], ["--reversed"], ["--without", "em"]):
-        code, _, said = call(uip, *fit_args(planted_folder, tiny, tmp_path / "users", *USERS, *share, *more))
+        code, _, said = call(uip, *fit_args(planted_folder, tiny, tmp_path / "users", *USERS, *more))
         assert code == 2 and "have no meaning there" in said
     more = ["--exact-rounds", "1", "--kinds", "category,price"]
     uip.main(fit_args(planted_folder, tiny, tmp_path / "rounds", *more, *share))
@@ -2633,9 +2670,17 @@ def test_bad_input_gets_a_sentence_and_a_code(fitted, tiny, planted_folder, tmp_
             (fit("--kinds", "title,colour"), 4, "has no texts of kind colour: it has title, category, price"),
             (fit("--kinds", "price"), 2, "leaves nothing that speaks for hobby: add one of title, category"),
             (fit("--without", "tuning", "--exact-rounds", "1"), 2, "--exact-rounds"),
+            (fit("--steps", "7"), 2, "--steps has no meaning without --exact-users"),
+            (fit("--lr", "0"), 2, "--lr has no meaning without --exact-rounds or --exact-users"),
+            (fit("--exact-users"), 2, "--table has no meaning with --exact-users"),
+            (fit_args(planted_folder, tiny, out, "--exact-users", "--directions", "3"), 2, "--directions has no"),
+            (fit_args(planted_folder, tiny, out, "--table", out), 2, "--table must be another folder"),
+            (fit_args(planted_folder, tiny, out, "--table", planted_folder), 2, "holds what another command made"),
+            (fit("--device", "toaster"), 2, "--device toaster is not here"),
             (infer_args(planted_folder, planted_folder, tiny, out), 4, "meta.json lacks settings"),
             (infer_args(damaged, planted_folder, tiny, out), 4, "profiles.npz is not the one that meta.json records"),
-            (infer_args(fitted, planted_folder, other_lm, out), 4, "made with another LLM or layout"),
+            (infer_args(fitted, planted_folder, other_lm, out), 4, "made with another LLM, layout or --dtype"),
+            (infer_args(fitted, planted_folder, tiny, out, "--dtype", "bfloat16"), 4, "LLM, layout or --dtype"),
             (infer_args(fitted, other_layout, tiny, out), 4, "different layouts"),
             (infer_args(fitted, planted_folder, tiny, fitted), 2, "--out must not be --profiles")):
         found, _, message = call(uip, *argv)
@@ -2720,6 +2765,35 @@ def test_no_command_writes_over_what_another_made(fitted, tiny, planted_folder, 
                          (data, ["planted", "--users", 5, "--out", profiles])):
         code, _, said = call(module, *argv)
         assert code == 2 and "holds what another command made" in said and files() == before
+
+
+def test_a_table_of_another_dtype_is_made_again(fitted, tiny, planted_folder, tmp_path, scored):
+    """And `auto` takes the one that is there; so does infer, for the texts that are new."""
+    out, table = tmp_path / "out", tmp_path / "table"
+    shutil.copytree(fitted / "table", table)
+    fit = lambda dtype: uip.main(fit_args(planted_folder, tiny, out, "--table", table, "--dtype", dtype))
+    fit("auto")
+    assert not scored and same_bytes(out, fitted)
+    fit("bfloat16")
+    assert sum(map(len, scored)) == 332 and meta_of(table)["identity"]["dtype"] == "bfloat16"
+    assert not same_bytes(out, fitted)
+    fit("auto")
+    assert sum(map(len, scored)) == 332
+    data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "5"])
+    uip.main(infer_args(out, tmp_path / "data", tiny, tmp_path / "new", "--dtype", "auto"))
+    made = tmp_path / "new/table"
+    assert not made.exists() or meta_of(made)["identity"]["dtype"] == "bfloat16"
+    fit("float32")
+    assert same_bytes(out, fitted)
+
+
+def test_a_link_to_out_finds_its_table_again(fitted, tiny, planted_folder, tmp_path):
+    (tmp_path / "far/away/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away/out")
+    shutil.copytree(fitted / "table", tmp_path / "table")
+    uip.main(fit_args(planted_folder, tiny, tmp_path / "link", "--table", tmp_path / "table"))
+    uip.main(infer_args(tmp_path / "link", planted_folder, tiny, tmp_path / "new"))
+    assert np.array_equal(arrays(tmp_path / "new")["ids"], arrays(fitted)["ids"])
 
 
 def test_profiles_of_a_replaced_table_are_refused(fitted, tiny, planted_folder, tmp_path):
@@ -2935,7 +3009,8 @@ def test_fit_ends_at_the_best_epoch_names_divergence_and_refuses_odd_labels():
     assert ctr.auc(valid[1], ctr.predict(net, valid[0])) == best and ran == min(30, epoch + 4)
     with pytest.raises(ValueError, match="smaller learning rate"):
         ctr.fit(net, train, valid, lr=1e30, epochs=5)
-    for x, y in ((train[0][:0], train[1][:0]), (train[0], torch.ones(200)), (train[0], train[1] - 0.5)):
+    for x, y in ((train[0][:0], train[1][:0]), (train[0], torch.ones(200)), (train[0], train[1] - 0.5),
+                 (train[0], train[1][:-1]), (train[0][:-1], train[1])):
         for parts in (((x, y), valid), (train, (x, y))):
             with pytest.raises(ValueError, match="labels"):
                 ctr.fit(net, *parts, epochs=1)
@@ -2962,7 +3037,8 @@ def test_one_class_is_nan_with_a_warning_and_odd_labels_are_refused():
     with pytest.warns(UserWarning, match="all 3 labels are of one class"):
         assert math.isnan(ctr.auc([1, 1, 1], [0.0, 1.0, 2.0]))
     assert math.isnan(ctr.gauc([0, 1], [0, 1], [0.0, 1.0]))
-    odd = [([0, 1], [0.0, math.nan], "nan"), *(([0, 1], scores, "2 labels need") for scores in ([0.5], [[0.5], [0.6]])),
+    odd = [*(([0, 1], [0.0, no_number], "nan") for no_number in (math.nan, None)), ([1, 1], [0.5], "2 labels need"),
+           *(([0, 1], scores, "2 labels need") for scores in ([0.5], [[0.5], [0.6]])),
            *((y, np.zeros(len(y)), "labels") for y in ([0, 2], [-1, 1], [0, 0.5], [], [[0, 1]], [0, math.nan]))]
     for metric in (ctr.auc, ctr.logloss, lambda y, score: ctr.gauc(np.zeros(len(y)), y, score)):
         for y, score, says in odd:
@@ -3415,6 +3491,7 @@ def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     out = tmp_path / "out"
     for more, says in ((["--models", "xgboost"], "lr, fm, deepfm, dcn"), (["--features", ","], "--features"),
                        (["--features", "stats+magic"], "'magic' is none of none"), (["--codes", "4"], "--codes"),
+                       (["--models", "deepfm+lr"], "'deepfm+lr' is none of lr"), (["--folds", "2"], "--protocol new"),
                        (["--codes", "4,x"], "--codes"), (["--folds", "6"], "--folds"), (["--sure", "7"], "from 0 to 1"),
                        (["--device", "toaster"], "--device toaster"), (["--kinds", "title,colour"], "colour"),
                        (["--without", "time", "--protocol", "new"], "--protocol warm"), (["--see", "1"], "--see")):
@@ -3426,6 +3503,11 @@ def test_usage_errors_exit_2_before_any_work(shop_folder, tmp_path):
     write_shop(tmp_path / "other", seed=5)
     code, _, err = call(ctr, *run_words((tmp_path / "other", *shop_folder[1:]), out))
     assert code == 4 and "other texts" in err
+    inferred = Path(shutil.copytree(shop_folder[1], tmp_path / "inferred"))
+    meta = {key: value for key, value in meta_of(inferred).items() if key not in ("table", "table_sha256")}
+    data.write_json(inferred / "meta.json", meta)
+    code, _, err = call(ctr, *run_words((shop_folder[0], inferred), out))
+    assert code == 2 and "was made by infer" in err
     plain = Path(shutil.copytree(shop_folder[1], tmp_path / "plain"))
     arrays = {name: np.array(array) for name, array in codebook.read_table(plain / "table")[0].items()}
     codebook.write_table(plain / "table", {name: arrays[name] for name in set(arrays) - {"reversed"}}, {"identity": {}})
@@ -3592,6 +3674,13 @@ def test_script_sees_changed_code_a_changed_llm_and_lost_results(tiny, tmp_path)
     changed = run()
     assert changed.returncode == 0 and (results / "demo" / "score.json").exists()
     assert "[demo/profiles] up to date" not in changed.stdout
+    default = tmp_path / "models" / "default"                          # the default LLM, too
+    shutil.copytree(tiny, default)
+    (default / "source.json").write_text('{"name": "tiny", "source": "hub"}')
+    assert "[demo/profiles] up to date" not in run(LM="").stdout
+    assert "[demo/profiles] up to date" in run(LM="").stdout
+    (default / "model.safetensors").write_bytes(weights)
+    assert "[demo/profiles] up to date" not in run(LM="").stdout
 
 
 def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(tmp_path):
@@ -3599,19 +3688,28 @@ def test_script_refuses_unknown_words_alien_folders_and_folders_it_cannot_write(
     assert reproduce(tmp_path, "profilse").returncode == 2
     assert "bash reproduce.sh seeds" in reproduce(tmp_path, "--help").stdout
     for name, value in (("SEEDS", "0"), ("USERS", "x"), ("BUDGET", "-1"), ("NPROC", "0"), ("CAP", "1e3"),
-                        ("CODES", "3"), ("MODELS", "lr,foo"), ("SETS", "foo"), ("DTYPE", "foo"), ("DEVICE", "foo")):
+                        ("CODES", "3"), ("MODELS", "lr,foo"), ("SETS", "foo"), ("DTYPE", "foo"), ("DEVICE", "foo"),
+                        ("SETS", "nete:a;id"), ("SETS", "nete:a(b)")):
         wrong = reproduce(tmp_path, **{name: value})
         assert wrong.returncode == 2 and f"{name}={value} is not" in wrong.stderr and not (tmp_path / "runs").exists()
     for words, settings, says in (
             (["small"], {"REVIEWS": "3"}, "has no reviews"), (["small"], {"CAP": "3"}, "all its users"),
-            (["demo", "seeds"], {}, "one word at a time"), ([], {"RESULTS": "my results"}, "RESULTS=")):
+            (["demo", "seeds"], {}, "one word at a time"), ([], {"RESULTS": "my results"}, "RESULTS="),
+            (["full"], {"CODES": "16,65536"}, "at most 65535 codes")):
         none = reproduce(tmp_path, *words, **settings)
         assert none.returncode == 2 and says in none.stderr and not (tmp_path / "runs").exists()
+    absent = reproduce(tmp_path, "full", SETS="amazon14:X nete:nowhere")
+    assert absent.returncode == 4 and "nete:nowhere: there is no reviews.pickle" in absent.stderr
+    (tmp_path / "file").touch()
+    for name, value, code in (("RESULTS", "file", 3), ("DEVICE", "cuda:99", 2)):
+        late = reproduce(tmp_path, **{name: value})
+        assert late.returncode == code and value in late.stderr and "[demo/data]" not in late.stdout
+    shutil.rmtree(tmp_path / "runs")
     (tmp_path / "alien" / "bin").mkdir(parents=True)
     (tmp_path / "alien" / "bin" / "python").symlink_to(sys.executable)
     alien = reproduce(tmp_path, VENV="alien")
     assert alien.returncode == 2 and "move it" in alien.stderr and (tmp_path / "alien" / "bin" / "python").exists()
-    (tmp_path / "runs").rmdir() if (tmp_path / "runs").exists() else None
+    shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").write_text("in the way")                       # as in a folder that may not be written
     assert (readonly := reproduce(tmp_path)).returncode == 3 and "cannot write" in readonly.stderr
 

@@ -528,10 +528,7 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool =
     folder = lm_folder(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not here: {str(error).splitlines()[0]}") from None
+    check_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if computes_bf16(device) else "float32"
     how = {"dtype": getattr(torch, dtype),                             # sdpa's backward under a mask is slow on CPUs
@@ -597,6 +594,14 @@ def has_weights(folder: Path) -> bool:
     if index.exists():
         files = {"config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     return all((folder / file).exists() for file in files)
+
+
+def check_device(device: str) -> None:
+    """ValueError unless torch can use this device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not here: {str(error).splitlines()[0]}") from None
 
 
 def computes_bf16(device: str) -> bool:
@@ -739,7 +744,7 @@ def model_when_needed(args, layout: dict):
 
 
 def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
-    """What the values of a text table depend on."""
+    """What the values of a text table depend on, but for the dtype, which is known once the LLM is loaded."""
     lm = lm_identity(args.lm, args.without == "pretraining")
     return {"version": TABLE_VERSION, "layout": layout, "tokens": args.tokens,
             "without": args.without if args.without in IN_TABLE else "",
@@ -747,22 +752,30 @@ def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
-def text_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """The text table in `folder`, made unless it is there for these texts, this layout and this LLM.
+def is_same_table(stored: dict, wanted: dict, dtype: str) -> bool:
+    """True if the identity `stored` is the one wanted; with the dtype "auto", a table of any dtype will do."""
+    return stored == {**wanted, "dtype": stored.get("dtype") if dtype == "auto" else dtype}
+
+
+def text_table(args, model, folder: Path, layout: dict,
+               texts: list[tuple[str, str]]) -> tuple[dict[str, np.ndarray], dict]:
+    """The text table in `folder`, made unless it is there for these texts, this layout, LLM and dtype: arrays, meta.
 
     The array "reversed" is made where it is asked for (args.reversed). One run at a time makes a table in a folder.
     """
     identity, first = table_identity(args, layout, texts), rank_and_world_size()[0] == 0
     log, leftovers = print if first else lambda text: None, lambda: folder.glob("*_[0-9]*.npz")
+    data.refuse_others(folder, "gradient.npy")
     with data.exclusive_lock(folder / ".lock") if first else nullcontext():
         if (folder / "meta.json").exists():
             try:
                 arrays, meta = read_table(folder)
                 for part in leftovers() if first else ():              # of a run killed after it wrote meta.json
                     part.unlink()
-                if meta["identity"] == identity and ("reversed" in arrays or not args.reversed):
+                same = is_same_table(meta["identity"], identity, args.dtype)
+                if same and ("reversed" in arrays or not args.reversed):
                     log(f"text table of {len(texts)} texts: up to date")
-                    return arrays
+                    return arrays, meta
             except ValueError as error:
                 log(f"the text table is made again: {error}")
         claim_folder(args, folder, identity)                           # waits until all processes have read meta.json
@@ -780,12 +793,13 @@ def text_table(args, model, folder: Path, layout: dict, texts: list[tuple[str, s
         if first:
             data.write_text(folder / "texts.jsonl", "".join(f"{json.dumps(text)}\n" for text in texts))
             write_table(folder, arrays, {
-                "identity": identity, "lm": lm_identity(args.lm, args.without == "pretraining"),
-                "seconds": round(time.time() - began, 1), "value_tokens": float(arrays["tokens"].sum())})
+                "identity": {**identity, "dtype": str(lm.dtype)[6:]},
+                "lm": lm_identity(args.lm, args.without == "pretraining"), "seconds": round(time.time() - began, 1),
+                "value_tokens": float(arrays["tokens"].sum())})
             for part in leftovers():
                 part.unlink()
         barrier()
-        return read_table(folder)[0]
+        return read_table(folder)
 
 
 def training_texts(source, kinds: list[str] | None) -> tuple[np.ndarray, tuple]:
@@ -806,7 +820,16 @@ def command_fit(args) -> None:
     if args.exact_users and (args.exact_rounds or args.reversed or args.without in IN_QUANTISER):
         raise data.CommandError(2, "--exact-users tunes each user's own soft tokens: --exact-rounds, --reversed "
                                    f"and --without {', '.join(IN_QUANTISER)} have no meaning there")
-    args.reversed = args.reversed or args.without == "causality"
+    for flag, value, used in (("steps", args.steps, args.exact_users), ("table", args.table, not args.exact_users),
+                              ("lr", args.lr, args.exact_users or args.exact_rounds),
+                              ("directions", args.directions, not args.exact_users)):
+        if value is not None and not used:
+            raise data.CommandError(2, f"--{flag} has no meaning {'with' if args.exact_users else 'without'} "
+                                       f"{'--exact-rounds or ' * (flag == 'lr')}--exact-users")
+    args.steps, args.directions, args.lr = args.steps or 3, args.directions or 16, 0.02 if args.lr is None else args.lr
+    args.reversed, place = args.reversed or args.without == "causality", Path(args.table or out / "table")
+    if place.resolve() == out.resolve():
+        raise data.CommandError(2, "--table must be another folder than --out")
     names = list(source.layout["profiles"])
     if len(args.codes) != len(names):
         raise data.CommandError(2, f"--codes: {len(args.codes)} numbers for {len(names)} profiles, {', '.join(names)}")
@@ -821,11 +844,13 @@ def command_fit(args) -> None:
     if args.exact_users:
         ids, probability, books = exact_users(args, model, source, lists, user, out)
     else:
-        table = text_table(args, model, Path(args.table or out / "table"), source.layout, source.texts)
+        table, about = text_table(args, model, place, source.layout, source.texts)
     if rank_and_world_size()[0] > 0:
         return
-    trace, fitted, prompts = {}, [], {}
+    trace, fitted, prompts, origin = {}, [], {}, {}
     if not args.exact_users:
+        origin = {"table": os.path.relpath(os.path.realpath(place), os.path.realpath(out)),
+                  "table_sha256": table_hash(about["identity"])}
         for p, (name, k) in enumerate(zip(names, args.codes)):
             evidence = profile_evidence(source, table, lists, p, args.without)
             score = prompt_scorer(args, model, source, evidence, p) if args.exact_rounds else None
@@ -841,9 +866,7 @@ def command_fit(args) -> None:
     write_profiles(out, Profiles(source.users, ids, probability, names, books, {
         "command": "fit", "settings": {key: getattr(args, key) for key in keys},
         "lm": lm_identity(args.lm, args.without == "pretraining"),
-        "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace,
-        "table": os.path.relpath(args.table or out / "table", out),
-        "table_sha256": table_hash(table_identity(args, source.layout, source.texts)),
+        "data": source.name, "data_sha256": source.meta["sha256"], "layout": source.layout, "trace": trace, **origin,
         "code_sha256": data.sha256_of(Path(__file__)), "run": data.run_facts(began, "uip.py")}), prompts)
 
 
@@ -945,17 +968,18 @@ def command_infer(args) -> None:
     table, about = read_table(known)
     with open(known / "texts.jsonl", encoding="utf-8") as lines:
         texts = [tuple(json.loads(line)) for line in lines]
-    needed = table_identity(args, source.layout, texts)
-    if about["identity"] != {**needed, "texts": about["identity"]["texts"]}:
-        raise ValueError(f"{given} was made with another LLM or layout: IDs mean something only with the LLM and the "
-                         "layout of their codebook")
-    if about["identity"]["texts"] != needed["texts"]:
+    needed, stored = table_identity(args, source.layout, texts), about["identity"]
+    if not is_same_table(stored, {**needed, "texts": stored["texts"]}, args.dtype):
+        raise ValueError(f"{given} was made with another LLM, layout or --dtype: IDs mean something only with those of "
+                         "their codebook")
+    args.dtype = stored["dtype"]
+    if stored["texts"] != needed["texts"]:
         raise ValueError(f"{known / 'texts.jsonl'} does not hold the texts of its table: run `uip.py fit` again")
     row_of = {text: row for row, text in enumerate(texts)}
     new = [text for text in source.texts if text not in row_of]
     if new:
         row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
-        fresh = text_table(args, model_when_needed(args, source.layout), out / "table", source.layout, new)
+        fresh = text_table(args, model_when_needed(args, source.layout), out / "table", source.layout, new)[0]
         table = {name: np.concatenate([table[name], fresh[name]]) for name in fresh}
     if rank_and_world_size()[0] > 0:
         return
@@ -997,7 +1021,7 @@ def main(argv: list[str] | None = None) -> None:
     sub = commands.choices["fit"]
     sub.add_argument("--codes", type=code_sizes, default=[4, 3],
                      help="codebook size of each profile, in the order of the layout [4,3]")
-    sub.add_argument("--directions", type=data.positive_int, default=16, help="most directions of a codebook [16]")
+    sub.add_argument("--directions", type=data.positive_int, help="most directions of a codebook [16]")
     sub.add_argument("--tokens", type=data.positive_int, default=1, help="soft tokens per profile [1]")
     sub.add_argument("--seed", type=data.nonnegative_int, default=0, help="of k-means++; nothing else is random [0]")
     sub.add_argument("--kinds", type=lambda text: text.split(","), help="kinds of evidence to use [all of the layout]")
@@ -1009,15 +1033,18 @@ def main(argv: list[str] | None = None) -> None:
                           "holds each code's soft tokens, as prompts_0 … [0]")
     sub.add_argument("--exact-users", action="store_true",
                      help="per-user prompt tuning instead of the text table (slow)")
-    sub.add_argument("--steps", type=data.positive_int, default=3,
-                     help="steps of Adam per user, with --exact-users [3]")
-    sub.add_argument("--lr", type=data.nonnegative_float, default=0.02,
+    sub.add_argument("--steps", type=data.positive_int, help="steps of Adam per user, with --exact-users [3]")
+    sub.add_argument("--lr", type=data.nonnegative_float,
                      help="learning rate of Adam in exact rounds or for exact users [0.02]")
     sub.add_argument("--without", default="", choices=[*IN_TABLE, *MEASUREMENT, *IN_QUANTISER],
                      help="leave a part of the method out, to see its worth")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        raise data.CommandError(2, str(error)) from None
     args.part = args.part or (8192 if args.device.startswith("cuda") else 256)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):             # torchrun
         args.device = init_distributed(args.device)
