@@ -232,7 +232,8 @@ clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES [STAGE before]]: 
 # parts of the method left out, with other codebook sizes, and with titles alone; then the other backbones
 real() {
   local d=runs/$1 r=$RESULTS/$1 protocol label seeds part k one no_reviews=title,category,brand,price,verdict
-  local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip,stats+gap,stats+gap+userip
+  local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip
+  features+=,stats+gap,stats+gap+untuned,stats+gap+bag,stats+gap+userip
   case $2 in nete:*) no_reviews=category,brand,feature,price,person,verdict ;; esac
   export RUN=$1
   environment
