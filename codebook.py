@@ -196,6 +196,8 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, iters: int = 50, init: Tensor
         found, inertias = lloyd(centred, start, total, iters)
         if best is None or inertias and inertias[-1] < history[-1]:
             best, history = found, inertias
+    if x.dtype == torch.float64:                                       # of equal rows, whose means differ by rounding
+        best = merge_equal_codes(best, 4 * torch.finfo(torch.float32).eps * math.sqrt(total / len(x)))
     exact = merge_equal_codes((best + mean).to(x.dtype), 4 * torch.finfo(x.dtype).eps * size)
     centroids = exact.float()
     if len(centroids.unique(dim=0)) < len(exact.unique(dim=0)):

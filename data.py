@@ -107,14 +107,16 @@ def run_command(program: str, main) -> None:
             stream.reconfigure(errors="backslashreplace")  # a locale without "≥" must not stop a command
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:                      # None where it was closed from the start
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         found = error_exit(error)
         if found is None:
             raise
         print(f"{program}: {found[1]}", file=sys.stderr)
         try:
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
         except OSError:                     # a closed pipe or a full disk: Python would try, and complain, once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(found[0])
@@ -1029,9 +1031,10 @@ FILES = ["interactions.npz", "catalogue.npz", "texts.jsonl", "evidence.npz"]
 
 def as_text_ids(ids, what: str) -> np.ndarray:
     """Ids as an array of texts or whole numbers, which a file can hold. ValueError for anything else."""
-    found = np.asarray(ids)
-    if found.dtype == object and all(isinstance(one, str) for one in found.flat):            # as pandas has them
-        found = found.astype(str)
+    found = ids if isinstance(ids, np.ndarray) else np.array(list(ids), object)
+    for kind in (str, int):
+        if found.dtype == object and all(type(one) is kind for one in found.flat):           # as pandas has them
+            found = found.astype(kind)
     if found.ndim != 1 or found.dtype.kind not in "Uiu":
         raise ValueError(f"{what} must be a list of texts or of whole numbers, not {found.dtype}, shape {found.shape}")
     return found

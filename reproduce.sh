@@ -60,9 +60,6 @@ check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 16,16"
 check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
 check SETS " *($SET)( +($SET))* *" \
   "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH (letters, digits and _./~+,@%=-), with spaces between"
-for name in $SETS; do
-  case $name in nete:*) [ -f "${name#nete:}/reviews.pickle" ] || fail 4 "$name: there is no reviews.pickle" ;; esac
-done
 check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
 check DEVICE "auto|cpu|cuda(:[0-9]+)?" "one of auto, cpu, cuda and cuda:NUMBER"
 [ -z "$RAW" ] || [ -d "$RAW" ] || fail 4 "RAW=$RAW: there is no such folder"
@@ -149,7 +146,7 @@ python3_10() {  # the interpreter to make the environment with: PYTHON, or the f
 
 environment() {  # .venv with the pinned packages; one that this script left half made is made again, no other
   local python
-  mkdir -p runs "$RESULTS" 2>/dev/null && [ -w "$RESULTS" ] || fail 3 "cannot write in $PWD/runs or $RESULTS"
+  mkdir -p runs 2>/dev/null || fail 3 "cannot write in $PWD: it needs a folder runs/ for its work"
   export NEW_ENV=:                              # not part of the stage's command: that is the same the next time
   if ! "$PY" -c 'import os, pip, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
       "$VENV" 2>/dev/null; then
@@ -162,23 +159,26 @@ environment() {  # .venv with the pinned packages; one that this script left hal
   fi
   stage env requirements.txt "" "$PY" \
     "eval \"\$NEW_ENV\" && $Q -m pip install --quiet --disable-pip-version-check -r requirements.txt"
+}
+
+DEVICE_SEEN=
+ready() {  # the environment, and what a run needs beside it
+  mkdir -p "$RESULTS" 2>/dev/null && [ -w "$RESULTS" ] || fail 3 "RESULTS=$RESULTS: cannot write there"
+  environment
   case $DEVICE in cuda*)
-    "$PY" -c 'import sys, torch; torch.zeros(1, device=sys.argv[1])' "$DEVICE" 2>/dev/null ||
-      fail 2 "DEVICE=$DEVICE is not here: torch cannot use it" ;;
+    [ -n "$DEVICE_SEEN" ] || "$PY" -c 'import sys, torch; torch.zeros(1, device=sys.argv[1])' "$DEVICE" 2>/dev/null ||
+      fail 2 "DEVICE=$DEVICE: torch cannot use it" ;;
   esac
+  DEVICE_SEEN=1
 }
 
 language_model() {  # the default one, or LM; its fingerprint is part of a stage's command, so a changed folder is seen
   local name identity='import data, sys, uip
 data.run_command("uip.py", lambda: print(uip.lm_identity(sys.argv[1])["fingerprint"]))'
   name=`printf %q "${LM:-models/default}"`
-  if [ -z "$LM" ]; then
-    stage lm data.py env models/default/model.safetensors "$Q data.py lm --out models/default"
-    identity=`{ cat models/default/* 2>/dev/null || true; } | hash_of`
-  else
-    identity=`"$PY" -c "$identity" "$LM"` || exit
-    stage lm "" env . "echo LM=$name"
-  fi
+  [ -n "$LM" ] || stage lm data.py env models/default/model.safetensors "$Q data.py lm --out models/default"
+  identity=`"$PY" -c "$identity" "${LM:-models/default}"` || exit
+  [ -z "$LM" ] || stage lm "" env . "echo LM=$name"
   ARGS="--lm $name --dtype $DTYPE --device $DEVICE${BUDGET:+ --budget $BUDGET} \$FRESH  # LLM $identity"
 }
 
@@ -196,7 +196,7 @@ export -f at seconds read_or_nothing
 shop() {
   local d=runs/$1 r=$RESULTS/$1
   export RUN=$1
-  environment
+  ready
   language_model
   stage data data.py env "$d/data/meta.json" "$Q data.py planted --out $d/data --users $USERS $2"
   profiles_and_bank "$d" "$r" "$3"
@@ -236,7 +236,7 @@ real() {
   features+=,stats+gap,stats+gap+untuned,stats+gap+bag,stats+gap+userip
   case $2 in nete:*) no_reviews=category,brand,feature,price,person,verdict ;; esac
   export RUN=$1
-  environment
+  ready
   language_model
   stage data data.py env "$d/data/meta.json" "$Q data.py $2 --out $d/data"
   profiles_and_bank "$d" "$r" "--codes $CODES --reversed"
@@ -280,12 +280,20 @@ real() {
 # Chosen for each model by the validation AUC without IDs: results/log.md.
 CLICK="--lr 0.001,lr=0.01,fm=0.03 --l2 0.001,lr=0.00001,fm=0.0001 --batch 1024"
 
+run_name() { echo "$1" | tr ':/' '--'; }
+
 every_set() {
   local set raw flags="${CAP:+ --users $CAP}${REVIEWS:+ --reviews $REVIEWS}"
   for set in $SETS; do
+    case $set in nete:*)
+      [ -f "${set#nete:}/reviews.pickle" ] || [ -f "runs/`run_name "$set"`/data/meta.json" ] ||
+        fail 4 "$set: there is no reviews.pickle" ;;
+    esac
+  done
+  for set in $SETS; do
     raw="${RAW:+ --raw `printf %q "$RAW"`}"
     case $set in nete:*) raw= ;; esac                          # it names its folder itself
-    real "`echo "$set" | tr ':/' '--'`" "$set$flags$raw"
+    real "`run_name "$set"`" "$set$flags$raw"
   done
 }
 

@@ -688,6 +688,7 @@ def init_distributed(device: str) -> str:
                                    "or unset WORLD_SIZE")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
         torch.cuda.set_device(device)
     print("process {RANK} of {WORLD_SIZE} waits for the others".format(**numbers), file=sys.stderr)
     try:
@@ -754,7 +755,7 @@ def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
 
 def is_same_table(stored: dict, wanted: dict, dtype: str) -> bool:
     """True if the identity `stored` is the one wanted; with the dtype "auto", a table of any dtype will do."""
-    return stored == {**wanted, "dtype": stored.get("dtype") if dtype == "auto" else dtype}
+    return {**stored, "dtype": ""} == {**wanted, "dtype": ""} and dtype in ("auto", stored.get("dtype"))
 
 
 def text_table(args, model, folder: Path, layout: dict,
@@ -776,6 +777,7 @@ def text_table(args, model, folder: Path, layout: dict,
                 if same and ("reversed" in arrays or not args.reversed):
                     log(f"text table of {len(texts)} texts: up to date")
                     return arrays, meta
+                log("the text table is made again: the one there has other texts, LLM, layout, settings or dtype")
             except ValueError as error:
                 log(f"the text table is made again: {error}")
         claim_folder(args, folder, identity)                           # waits until all processes have read meta.json
@@ -820,12 +822,13 @@ def command_fit(args) -> None:
     if args.exact_users and (args.exact_rounds or args.reversed or args.without in IN_QUANTISER):
         raise data.CommandError(2, "--exact-users tunes each user's own soft tokens: --exact-rounds, --reversed "
                                    f"and --without {', '.join(IN_QUANTISER)} have no meaning there")
-    for flag, value, used in (("steps", args.steps, args.exact_users), ("table", args.table, not args.exact_users),
-                              ("lr", args.lr, args.exact_users or args.exact_rounds),
-                              ("directions", args.directions, not args.exact_users)):
-        if value is not None and not used:
-            raise data.CommandError(2, f"--{flag} has no meaning {'with' if args.exact_users else 'without'} "
-                                       f"{'--exact-rounds or ' * (flag == 'lr')}--exact-users")
+    for flag, used, where in (
+            ("steps", args.exact_users, "without --exact-users"),
+            ("lr", args.exact_users or args.exact_rounds, "without --exact-rounds or --exact-users"),
+            ("table", not args.exact_users, "with --exact-users"),
+            ("directions", not args.exact_users, "with --exact-users")):
+        if getattr(args, flag) is not None and not used:
+            raise data.CommandError(2, f"--{flag} has no meaning {where}")
     args.steps, args.directions, args.lr = args.steps or 3, args.directions or 16, 0.02 if args.lr is None else args.lr
     args.reversed, place = args.reversed or args.without == "causality", Path(args.table or out / "table")
     if place.resolve() == out.resolve():
@@ -845,6 +848,7 @@ def command_fit(args) -> None:
         ids, probability, books = exact_users(args, model, source, lists, user, out)
     else:
         table, about = text_table(args, model, place, source.layout, source.texts)
+        args.dtype = about["identity"].get("dtype", args.dtype)        # exact rounds go on in the table's
     if rank_and_world_size()[0] > 0:
         return
     trace, fitted, prompts, origin = {}, [], {}, {}
@@ -972,7 +976,7 @@ def command_infer(args) -> None:
     if not is_same_table(stored, {**needed, "texts": stored["texts"]}, args.dtype):
         raise ValueError(f"{given} was made with another LLM, layout or --dtype: IDs mean something only with those of "
                          "their codebook")
-    args.dtype = stored["dtype"]
+    args.dtype = stored.get("dtype", args.dtype)
     if stored["texts"] != needed["texts"]:
         raise ValueError(f"{known / 'texts.jsonl'} does not hold the texts of its table: run `uip.py fit` again")
     row_of = {text: row for row, text in enumerate(texts)}
@@ -1010,7 +1014,9 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--data", required=True, help="folder made by data.py")
         sub.add_argument("--lm", required=True, help="causal LM: a folder or a hub id, such as Qwen/Qwen2-0.5B")
         sub.add_argument("--out", required=True, help="folder for profiles.npz, the text table and meta.json")
-        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                         help="of the LLM; auto: that of a text table already there, else bfloat16 where the hardware "
+                              "has it, else float32 [auto]")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
         sub.add_argument("--budget", type=data.positive_int,
                          help="padded tokens in one forward pass [1024 on a CPU, by its memory on a GPU]")
@@ -1041,13 +1047,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.part = args.part or (8192 if args.device.startswith("cuda") else 256)
     try:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):         # torchrun
+            args.device = init_distributed(args.device)
         check_device(args.device)
     except ValueError as error:
         raise data.CommandError(2, str(error)) from None
-    args.part = args.part or (8192 if args.device.startswith("cuda") else 256)
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):             # torchrun
-        args.device = init_distributed(args.device)
     try:
         out = Path(args.out)
         if rank_and_world_size()[0] > 0:

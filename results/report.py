@@ -516,7 +516,7 @@ def block_demo(records: list[Record], _) -> str:
         one = shops["demo"]
         kept = list(dict.fromkeys(run["features"] for run in one.runs))[:10]
         runs = [run for run in one.runs if run["model"] == one.model and run["features"] in kept]
-        stats = [signed(shop.gap("userip", "stats")) for name, shop in shops.items() if name in SHOPS[:3]]
+        stats = [signed(gap) for name in SHOPS[:3] if name in shops and (gap := shops[name].gap("userip", "stats"))]
         text += (f"The AUC of userip − none is {signed(one.gap('userip', 'none'))}, that of userip − stats "
                  f"{', '.join(stats)} (one interval per data seed, the table's first).\n\n"
                  + overall_table(runs, one.meta))
