@@ -542,10 +542,11 @@ def sums_before(z: Tensor, user: Tensor, seen: Tensor) -> Tensor:
     return before.index_select(0, start + seen).sub_(before.index_select(0, start))
 
 
-def bag_of_words(texts: list[str], width: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def bag_of_words(texts: list[str], width: int = 576) -> tuple[np.ndarray, np.ndarray]:
     """Σ over a text's words of one random direction per word: the words without what an LLM knows of them (control).
 
-    → [T, width] fp32, number of words [T] fp32. A word's direction depends on the word alone.
+    → [T, width] fp32, number of words [T] fp32. A word's direction depends on the word alone. The width is that of the
+    default LLM: in fewer dimensions, directions of different words resemble each other too much.
     """
     cache, value, count = {}, np.zeros((len(texts), width), np.float32), np.zeros(len(texts), np.float32)
     for row, text in enumerate(texts):

@@ -13,6 +13,7 @@ and all of them quantised by codebook.fit_codebook on training rows only:
     untuned   mean hidden states of the same texts instead of gradients
     reversed  hidden states after "behaviour, then the profile's name"
     bag       the same words, a random direction each: without what an LLM knows of them
+    items     a random direction per item, one field: users of the same items, without a word of what they are
     stats     plain statistics, a field each: shares of the items' attributes, mean rating, mean log price
     gap       how far above others the user rates the same items: codes of one number
     random    a code per user, drawn for each seed; shuffled: the codes of another user at the same moment
@@ -290,12 +291,12 @@ def interval(values) -> tuple[float, float]:
 
 try:
     import data
-    from codebook import (MEASUREMENT, Evidence, code_sizes, fit_codebook, hash_users, profile_evidence, read_profiles,
-                          read_table, table_hash, ids_before)
+    from codebook import (MEASUREMENT, Evidence, bag_of_words, code_sizes, fit_codebook, hash_users, ids_before,
+                          profile_evidence, read_profiles, read_table, table_hash)
 except ImportError:                                                    # copied alone: all but the commands works
     data = None
 
-FEATURES = ("none", "userip", "untuned", "reversed", "bag", "stats", "gap", "random", "shuffled")
+FEATURES = ("none", "userip", "untuned", "reversed", "bag", "stats", "gap", "random", "shuffled", "items")
 ABLATIONS = {"untuned": "tuning", "reversed": "causality", "bag": "llm"}             # feature → the part that it lacks
 KNOWN = (0, 1, 2, 4, 8, 16)                                            # least number of known rows in each bucket
 
@@ -406,6 +407,13 @@ def rating_gap(source, train: np.ndarray) -> Evidence:
     return row_evidence((excess - usual[item])[:, None])
 
 
+def item_directions(source) -> Evidence:
+    """Control "items" (ours): a row tells which item it is, as a word of its own, and nothing about the item."""
+    value, weight = map(torch.from_numpy, bag_of_words(list(map(str, range(len(source.items))))))
+    item = torch.arange(len(value))
+    return Evidence(torch.from_numpy(source.x[:, 1]).long(), torch.arange(len(value) + 1), item, value, weight)
+
+
 def ids_as_of_rows(source, fold: Fold, evidence: Evidence, k: int, args) -> tuple[np.ndarray, np.ndarray]:
     """Each row's ID made of the rows that it may see: codes int64 [R] from 1 (0 = nothing known), probability [R].
 
@@ -436,6 +444,8 @@ class Features:
         train, profiles = self.fold.part == 0, list(self.source.layout["profiles"])
         if name == "gap":
             return [(rating_gap(self.source, train), max(self.sizes))]
+        if name == "items":
+            return [(item_directions(self.source), max(self.sizes))]
         if name == "stats":
             return list(zip(plain_statistics(self.source, train), itertools.cycle(self.sizes)))
         lists = data.row_texts(self.source, train, self.args.kinds)
@@ -589,7 +599,7 @@ def command_run(args) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:                    # torch without CUDA asserts
         raise data.CommandError(2, f"--device {args.device} is not here: {str(error).splitlines()[0]}") from None
-    if not args.profiles and parts - {"none", "stats", "gap"}:
+    if not args.profiles and parts - {"none", "stats", "gap", "items"}:
         raise data.CommandError(2, f"--features {args.features} needs --profiles DIR, the folder that uip.py fit wrote")
     fitted, table, origin = read_fitted(args, source, parts)
     for name in ("codes", "directions", "kinds", "without"):

@@ -232,10 +232,11 @@ def check_files(folder, meta: dict) -> None:
 # ----------------------------------------------------------------------------- plumbing: provenance, argument types
 
 def machine() -> dict:
-    """The processor's name and the number of its cores."""
-    info = Path("/proc/cpuinfo")
-    found = info.exists() and re.search(r"model name\s*:\s*(.*)", info.read_text("utf-8", "replace"))
-    return {"processor": found[1] if found else platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    """The processor's name, with AVX-512 where it has that, and the number of its cores."""
+    text = Path("/proc/cpuinfo").read_text("utf-8", "replace") if Path("/proc/cpuinfo").exists() else ""
+    found, wide = re.search(r"model name\s*:\s*(.*)", text), " with AVX-512" if re.search(r"\bavx512f\b", text) else ""
+    name = found[1] if found else platform.processor() or platform.machine()
+    return {"processor": name + wide, "cores": os.cpu_count()}
 
 
 def peak_mb() -> float | None:

@@ -14,7 +14,7 @@
 # Settings, as environment variables (defaults in brackets):
 #   LM      causal LM: hub id or folder [the default LLM of `data.py lm`, into models/default]
 #   USERS   users of the planted shop [240]      SEEDS  training seeds [5; 2 a fold for new users]
-#   DTYPE   of the LLM [auto]                    DEVICE cpu or cuda [auto]
+#   DTYPE   of the LLM [float32]                 DEVICE cpu or cuda [auto]
 #   BUDGET  tokens in one pass of the LLM [1024 on a CPU, by its memory on a GPU], halved as often as memory runs out
 #   NPROC   processes of the text table, by torchrun [1]    MODELS  click models of the demo [deepfm,dcn,fm,lr]
 #   SETS    of full [amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV]; also
@@ -33,7 +33,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 OWN=${USERS:-}${SEEDS:-}${MODELS:-}${CODES:-}${CAP:-}${REVIEWS:-}${LM:-}${DTYPE:-}
 VENV=${VENV:-.venv} LM=${LM:-} USERS=${USERS:-240} MODELS=${MODELS:-deepfm,dcn,fm,lr} SEEDS=${SEEDS:-} RUN=
 CODES=${CODES:-16,16} CAP=${CAP:-} REVIEWS=${REVIEWS:-} RAW=${RAW:-}
-DTYPE=${DTYPE:-auto} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
+DTYPE=${DTYPE:-float32} DEVICE=${DEVICE:-auto} BUDGET=${BUDGET:-}
 SETS=${SETS:-amazon14:Video_Games amazon14:Clothing_Shoes_and_Jewelry amazon14:Movies_and_TV}
 if [ -z "${RESULTS:-}" ] && [ -n "$OWN" ]; then RESULTS=runs/results; else RESULTS=${RESULTS:-results}; fi
 RESULTS=${RESULTS%/}
@@ -60,7 +60,7 @@ check CODES "$NUMBER,$NUMBER" "two numbers of codes, such as 16,16"
 check MODELS "($MODEL)(,($MODEL))*" "a list of lr, fm, deepfm and dcn, with commas between"
 check SETS " *($SET)( +($SET))* *" \
   "a list of amazon14:X, amazon18:X, amazon23:X and nete:PATH (letters, digits and _./~+,@%=-), with spaces between"
-check DTYPE "auto|float32|bfloat16|float16" "one of auto, float32, bfloat16 and float16"
+check DTYPE "float32|bfloat16|float16" "one of float32, bfloat16 and float16"
 check DEVICE "auto|cpu|cuda(:[0-9]+)?" "one of auto, cpu, cuda and cuda:NUMBER"
 [ -z "$RAW" ] || [ -d "$RAW" ] || fail 4 "RAW=$RAW: there is no such folder"
 case $RESULTS in *[!A-Za-z0-9_./-]*) fail 2 "RESULTS=$RESULTS is not a path of letters, digits and ._/-" ;; esac
@@ -232,8 +232,8 @@ clicks() {  # clicks STAGE OUT "FLAGS of ctr.py run" [PROFILES [STAGE before]]: 
 # parts of the method left out, with other codebook sizes, and with titles alone; then the other backbones
 real() {
   local d=runs/$1 r=$RESULTS/$1 protocol label seeds part k one no_reviews=title,category,brand,price,verdict
-  local features=none,random,shuffled,stats,gap,untuned,reversed,bag,userip
-  features+=,stats+gap,stats+gap+untuned,stats+gap+bag,stats+gap+userip
+  local features=none,random,shuffled,items,stats,gap,untuned,reversed,bag,userip
+  features+=,stats+gap,stats+gap+items,stats+gap+untuned,stats+gap+bag,stats+gap+userip
   case $2 in nete:*) no_reviews=category,brand,feature,price,person,verdict ;; esac
   export RUN=$1
   ready

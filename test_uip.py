@@ -2408,7 +2408,7 @@ def copy_lm(tiny, folder, **changes):
 
 
 def test_loaded_lm_is_frozen_and_random_weights_are_the_same_each_time(tiny, monkeypatch):
-    lm, tokenizer = uip.load_lm(str(tiny), "float32", "cpu")
+    lm, tokenizer = uip.load_lm(str(tiny), device="cpu")               # float32, whatever the hardware computes
     assert not lm.training and not any(weight.requires_grad for weight in lm.parameters()) and lm.dtype == torch.float32
     assert tokenizer.bos_token_id == 1 and uip.load_lm(str(tiny), "bfloat16", "cpu")[0].dtype == torch.bfloat16
     torch.manual_seed(5)
@@ -2779,26 +2779,28 @@ def test_no_command_writes_over_what_another_made(fitted, tiny, planted_folder, 
 
 
 def test_a_table_of_another_dtype_is_made_again(fitted, tiny, planted_folder, tmp_path, scored, monkeypatch):
-    """And `auto` takes the one that is there; so does infer, for the texts that are new."""
+    """Without --dtype, the one that is there is taken; so does infer, for the texts that are new."""
     out, table = tmp_path / "out", tmp_path / "table"
     shutil.copytree(fitted / "table", table)
-    fit = lambda dtype: uip.main(fit_args(planted_folder, tiny, out, "--table", table, "--dtype", dtype))
-    fit("auto")
+    plain = lambda arguments: [one for one in arguments if one not in ("--dtype", "float32")]
+    given = fit_args(planted_folder, tiny, out, "--table", table)
+    fit = lambda dtype: uip.main([*plain(given), *(["--dtype", dtype] if dtype else [])])
+    fit("")
     assert not scored and same_bytes(out, fitted)
     fit("bfloat16")
     assert sum(map(len, scored)) == 332 and meta_of(table)["identity"]["dtype"] == "bfloat16"
     assert not same_bytes(out, fitted)
-    fit("auto")
+    fit("")
     assert sum(map(len, scored)) == 332
     data.main(["planted", "--out", str(tmp_path / "data"), "--users", "20", "--seed", "5"])
-    uip.main(infer_args(out, tmp_path / "data", tiny, tmp_path / "new", "--dtype", "auto"))
+    uip.main(plain(infer_args(out, tmp_path / "data", tiny, tmp_path / "new")))
     made = tmp_path / "new/table"
     assert meta_of(made)["identity"]["dtype"] == "bfloat16"
     loaded, honest = [], uip.load_lm
     monkeypatch.setattr(uip, "load_lm", lambda name, dtype, *more, **how: loaded.append(dtype) or honest(
         name, dtype, *more, **how))
-    uip.main(fit_args(planted_folder, tiny, tmp_path / "rounds", "--table", table, "--dtype", "auto", "--kinds",
-                      "category,price", "--exact-rounds", "1"))
+    uip.main(plain(fit_args(planted_folder, tiny, tmp_path / "rounds", "--table", table, "--kinds", "category,price",
+                            "--exact-rounds", "1")))
     assert set(loaded) == {"bfloat16"}                                 # exact rounds go on in it
     fit("float32")
     assert same_bytes(out, fitted)
@@ -2806,8 +2808,8 @@ def test_a_table_of_another_dtype_is_made_again(fitted, tiny, planted_folder, tm
     del meta["identity"]["dtype"]                                      # as older versions wrote it
     data.write_json(table / "meta.json", meta)
     scored.clear()
-    fit("auto")
-    uip.main(infer_args(out, planted_folder, tiny, tmp_path / "again", "--dtype", "auto"))
+    fit("")
+    uip.main(plain(infer_args(out, planted_folder, tiny, tmp_path / "again")))
     assert not scored and same_bytes(out, fitted)
 
 
@@ -3091,7 +3093,7 @@ RUN_LAYOUT = {"profiles": {"hobby": "The user's hobby is", "life_stage": "The us
                     "category": {"lead": "The user shops for", "view": ["hobby"]},
                     "price": {"lead": "The price was", "view": ["life_stage"]},
                     "verdict": {"lead": "The user finds products", "view": ["life_stage"]}}}
-MEASURED = ("userip", "untuned", "reversed", "bag", "stats", "gap")
+MEASURED = ("userip", "untuned", "reversed", "bag", "stats", "gap", "items")
 
 
 def write_shop(folder, seed=0, layout=RUN_LAYOUT, users=60):
@@ -3265,6 +3267,16 @@ def test_gap_by_hand():
     # training mean 3.5; excess of item 1: 1.5, −.5, .5, of item 2: .5, −1.5, −.5; shrunk means 1.5 / 8 and −1.5 / 8
     want = np.array([5, 4, 3, 2, 4, 3, 1]) - 3.5 - np.array([1.5, -1.5] * 3 + [1.5]) / 8
     assert np.allclose(gap.value[:, 0], want) and gap.weight.tolist() == [1] * 7 and gap.text.tolist() == list(range(7))
+
+
+def test_items_find_groups_of_users_who_share_items_and_nothing_else():
+    rng, user = np.random.default_rng(0), np.arange(40).repeat(12)
+    item = np.concatenate([rng.permutation(20)[:12] + 1 + 20 * (u % 2) for u in range(40)])  # attributes are all alike
+    source = SimpleNamespace(x=np.column_stack([user + 1, item]), items=np.zeros((41, 2), np.int32))
+    evidence = ctr.item_directions(source)
+    assert evidence.told.tolist() == item.tolist() and evidence.weight.tolist() == [1] * 41
+    book, z, n = codebook.fit_codebook(evidence, *map(torch.from_numpy, (user, item)), 40, 2)
+    assert ari(codebook.responsibilities(book, z, n).argmax(1), np.arange(40) % 2) > 0.999
 
 
 def test_ids_of_rows_equal_brute_force_sums_of_their_past(shop_folder, monkeypatch):
@@ -3670,10 +3682,18 @@ case "$*" in *venv*) for folder in .venv/lib/python*/site-packages; do
     assert set(summary["ari"]["hobby"]) == {"own", "other"}
     assert all(len(values) == 1 for values in summary["auc"]["lr"].values()) and "userip" in summary["auc"]["lr"]
     assert set(summary["seconds"]) >= {"data", "profiles", "bank", "ctr"}
+    (here, took), = summary["seconds_of"].items()
+    assert took == summary["seconds"] and here.endswith(f", {os.cpu_count()} cores")
     assert "| lr | userip |" in first.stdout and "bash reproduce.sh full" in first.stdout
     saved = {path: path.read_bytes() for path in results.iterdir()}
     again = run()
     assert again.stdout.count("up to date") == 7 and {path: path.read_bytes() for path in results.iterdir()} == saved
+    for keep, seconds in (({"elsewhere": {"data": 1}}, {"data": 3}), ({}, {"data": 4})):     # other machines' stay
+        data.write_json(tmp_path / "s.json", seconds)
+        data.write_json(results / "summary.json", {"seconds_of": {**keep, here: {"data": 9}}})
+        subprocess.run([sys.executable, "results/report.py", "summary", "--results", results, "--profiles",
+                        "runs/demo/profiles", "--seconds", "s.json"], check=True, cwd=tmp_path)
+        assert json.loads((results / "summary.json").read_text())["seconds_of"] == {**keep, here: seconds}
     broken = run(LM="./nowhere")
     assert broken.returncode != 0 and "there is no such folder" in broken.stderr + broken.stdout
     absent = run(LM="no-such/lm", HF_HUB_OFFLINE="1")

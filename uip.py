@@ -514,13 +514,13 @@ def tune_users(lm, layout: Layout, rows: list[list[Text]], theta: Tensor, *, ste
 
 # ------------------------------------------------------------------------------------------------------ LLM
 
-def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool = False):
+def load_lm(name: str, dtype: str = "float32", device: str = "auto", random: bool = False):
     """A frozen causal LM and its tokenizer: (lm, tokenizer).
 
-    name: folder, or hub id (its cached copy, if there is one). auto: the GPU if there is one; bfloat16 there and on
-    CPUs with bf16 instructions, else float32. random: untrained weights, seed 1 (ablation). Raises FileNotFoundError
-    (no such folder), OSError (hub out of reach, gated or unknown id) or ValueError (no causal LM, weights missing, an
-    architecture that reads packed rows wrongly, no such device).
+    name: folder, or hub id (its cached copy, if there is one). dtype: of the weights; IDs of float32 are the same on
+    all processors that were tried, others depend on the hardware. auto: the GPU if there is one. random: untrained
+    weights, seed 1 (ablation). Raises FileNotFoundError (no such folder), OSError (hub out of reach, gated or unknown
+    id) or ValueError (no causal LM, weights missing, an architecture that reads packed rows wrongly, no such device).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
@@ -529,8 +529,6 @@ def load_lm(name: str, dtype: str = "auto", device: str = "auto", random: bool =
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if computes_bf16(device) else "float32"
     how = {"dtype": getattr(torch, dtype),                             # sdpa's backward under a mask is slow on CPUs
            "attn_implementation": "eager" if device == "cpu" else None}
     try:
@@ -602,13 +600,6 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not here: {str(error).splitlines()[0]}") from None
-
-
-def computes_bf16(device: str) -> bool:
-    """True if the hardware has bfloat16 instructions; emulated, they are slower than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @torch.no_grad()
@@ -740,7 +731,7 @@ def claim_folder(args, folder: Path, settings: dict) -> None:
 
 def model_when_needed(args, layout: dict):
     """A function that gives the LLM, loaded when it is first called (a finished text table needs none), and Layout."""
-    load = functools.cache(lambda: load_lm(args.lm, args.dtype, args.device, random=args.without == "pretraining"))
+    load = functools.cache(lambda: load_lm(args.lm, args.dtype or "float32", args.device, random=args.without == "pretraining"))
     return lambda: (load()[0], Layout.build(layout, load()[1], m=args.tokens, without=args.without))
 
 
@@ -753,9 +744,9 @@ def table_identity(args, layout: dict, texts: list[tuple[str, str]]) -> dict:
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
-def is_same_table(stored: dict, wanted: dict, dtype: str) -> bool:
-    """True if the identity `stored` is the one wanted; with the dtype "auto", a table of any dtype will do."""
-    return {**stored, "dtype": ""} == {**wanted, "dtype": ""} and dtype in ("auto", stored.get("dtype"))
+def is_same_table(stored: dict, wanted: dict, dtype: str | None) -> bool:
+    """True if the identity `stored` is the one wanted; without a dtype, a table of any dtype will do."""
+    return {**stored, "dtype": ""} == {**wanted, "dtype": ""} and dtype in (None, stored.get("dtype"))
 
 
 def text_table(args, model, folder: Path, layout: dict,
@@ -1014,9 +1005,8 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--data", required=True, help="folder made by data.py")
         sub.add_argument("--lm", required=True, help="causal LM: a folder or a hub id, such as Qwen/Qwen2-0.5B")
         sub.add_argument("--out", required=True, help="folder for profiles.npz, the text table and meta.json")
-        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                         help="of the LLM; auto: that of a text table already there, else bfloat16 where the hardware "
-                              "has it, else float32 [auto]")
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                         help="of the LLM [that of a text table already there, else float32]")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
         sub.add_argument("--budget", type=data.positive_int,
                          help="padded tokens in one forward pass [1024 on a CPU, by its memory on a GPU]")

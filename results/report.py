@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -132,7 +133,10 @@ def command_meaning(args) -> None:
 
 
 def command_summary(args) -> None:
-    """summary.json of a results folder: ARI, log-likelihood of the EM, AUC per seed, seconds per stage."""
+    """summary.json of a results folder: ARI, log-likelihood of the EM, AUC per seed, seconds per stage.
+
+    seconds_of keeps the seconds of the last run on each machine.
+    """
     folder = Path(args.results)
     score, runs = data.read_json(folder / "score.json", "ari"), read_runs(folder)
     trace = read_profiles(args.profiles).meta.get("trace", {})
@@ -144,9 +148,12 @@ def command_summary(args) -> None:
         seeds = sorted(set.intersection(*map(set, folds)))
         scores.setdefault(model, {})[features] = [
             round(float(np.mean([fold[seed] for fold in folds])), 6) for seed in seeds]
+    run, seconds = data.read_json(folder / "meta.json", "run")["run"], data.read_json(args.seconds)
+    place = "{}, {cores} cores".format(run.get("gpu", {}).get("name", run["machine"]["processor"]), **run["machine"])
     data.write_json(folder / "summary.json", {
         **{key: score[key] for key in ("lm", "ari", "ari_sparse", "perplexity", "users", "unsure")}, "F": total,
-        "F_by_profile": history, "auc": scores, "seconds": data.read_json(args.seconds)})
+        "F_by_profile": history, "auc": scores, "seconds": seconds,
+        "seconds_of": {**read_if_there(folder / "summary.json").get("seconds_of", {}), place: seconds}})
 
 
 REVIEWS = {"Video_Games": 231_780, "Clothing": 278_677, "Movies_and_TV": 1_697_533}          # rows of the 2014 5-cores
@@ -480,9 +487,9 @@ def block_speed(_, root: Path) -> str:
     return table("what|figure|aim|machine", figures(root / "bench", brief=True)[:10])
 
 
-CONTROLS = ("none", "random", "shuffled", "stats", "gap", "untuned", "reversed", "bag")
+CONTROLS = ("none", "random", "shuffled", "items", "stats", "gap", "untuned", "reversed", "bag")
 PAIRS = (*(("userip", other) for other in CONTROLS),
-         *(("stats+gap+userip", f"stats+gap{other}") for other in ("", "+untuned", "+bag")))
+         *(("stats+gap+userip", f"stats+gap{other}") for other in ("", "+items", "+untuned", "+bag")))
 
 
 def block_findings(records: list[Record], _) -> str:
@@ -526,14 +533,13 @@ def block_demo(records: list[Record], _) -> str:
 def block_seconds(records: list[Record], root: Path) -> str:
     """Seconds of the demo's stages, a row per machine; blank where they depend on a network that was not there."""
     demo = next((one for one in records if one.name == "demo"), None)
-    took = demo.read("summary").get("seconds", {}) if demo else {}
-    gpu, run = read_if_there(root / "bench/gpu.json"), demo.meta["run"] if took else {}
-    there = next((part["demo_seconds"] for part in gpu.get("gpu", []) if "demo_seconds" in part), {})
-    name = lambda machine, gpu: "{}, {cores} cores".format(gpu or machine["processor"], **machine)
-    rows = [[name(run["machine"], run.get("gpu", {}).get("name")), *map(str, took.values())]] if took else []
-    if there:
-        rows += [[name(gpu["machine"], gpu["machine"].get("gpu")), *(str(there.get(stage, "")) for stage in took)]]
-    return took and table("|".join(["seconds", *took]), rows)
+    took = demo.read("summary").get("seconds_of", {}) if demo else {}
+    stages, gpu = list(dict.fromkeys(itertools.chain(*took.values()))), read_if_there(root / "bench/gpu.json")
+    for part in gpu.get("gpu", []):
+        if "demo_seconds" in part:
+            took = {**took, "{gpu}, {cores} cores".format(**gpu["machine"]): part["demo_seconds"]}
+    return took and table("|".join(["seconds", *stages]), [
+        [place, *(str(seconds.get(stage, "")) for stage in stages)] for place, seconds in took.items()])
 
 
 SECTIONS = {"data": ("Data sets", section_data), "overall": ("Overall, label liked", section_overall),
