@@ -166,6 +166,10 @@ def test_run_facts_name_command_machine_and_versions(monkeypatch):
     assert facts["command"] == "python some.py --out 'a b'" and facts["started"] == "1970-01-01T00:00:00Z"
     assert facts["seconds"] > 1e9 and facts["peak_mb"] > 1 and facts["machine"]["cores"] >= 1
     assert facts["versions"]["numpy"] == np.__version__
+    for flags, wide in (("avx2 avx512f bmi", " with AVX-512"), ("avx2", "")):
+        text = f"processor : 0\nmodel name : Some CPU\nflags : fpu {flags}\n"
+        monkeypatch.setattr(data, "Path", lambda name: SimpleNamespace(exists=lambda: True, read_text=lambda *_: text))
+        assert data.machine() == {"processor": f"Some CPU{wide}", "cores": os.cpu_count()}
 
 
 # -------------------------------------------------------------------------------------------- split, core, verdicts
@@ -3337,7 +3341,7 @@ def test_each_measurement_is_its_own_and_ablations_take_theirs(shop_folder):
     values = {name: features.evidence(name)[0][0].value for name in ("userip", "untuned", "reversed", "bag")}
     assert np.array_equal(values["userip"], table["gradient"][:, 0])
     assert np.array_equal(values["untuned"], table["hidden"])
-    assert np.array_equal(values["reversed"], table["reversed"][:, 0]) and values["bag"].shape[1] == 256
+    assert np.array_equal(values["reversed"], table["reversed"][:, 0]) and values["bag"].shape[1] == 576
     for without, name in (("tuning", "untuned"), ("causality", "reversed"), ("llm", "bag")):
         lacking = features_of(source, table, without=without).evidence("userip")[0][0]
         assert torch.equal(lacking.value, values[name])

@@ -497,7 +497,7 @@ def block_findings(records: list[Record], _) -> str:
             and one.gap("userip", "gap") and one.gap("userip", "random")]
     gaps = [[one.gap(*pair) for pair in PAIRS] for one in mine]
     count = [f"{a} − {b} is {count_sides(column)}" for (a, b), column in zip(PAIRS, zip(*gaps))
-             if b in ("random", "stats", "gap", "untuned", "stats+gap")]
+             if b in ("random", "stats", "gap", "untuned", "bag", "items", "stats+gap")]
     gains = [(one.name, row[CONTROLS.index("random")][0]) for one, row in zip(mine, gaps)]
     return mine and (
         "Differences in AUC between two feature sets of one model, with 95 % intervals: over folds of users for `new`, "
