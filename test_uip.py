@@ -2875,9 +2875,18 @@ for at in map(int, sys.argv[1].split(",")):                            # dies be
 """
 
 
+@pytest.fixture
+def one_thread():
+    """As ENVIRONMENT gives to processes: the number of threads may change the last bit of a sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "infer", "exact users"])
-def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tmp_path, command):
+def test_a_killed_run_resumes_to_the_same_bytes(fitted, tiny, planted_folder, tmp_path, command, one_thread):
     """SIGKILL before or after a random rename, again and again in one folder, then to the end: as if never killed."""
     draw, more = random.Random(command), ["--part", "16", *USERS * (command == "exact users")]
     argv = lambda out: fit_args(planted_folder, tiny, out, *more)

@@ -731,7 +731,8 @@ def claim_folder(args, folder: Path, settings: dict) -> None:
 
 def model_when_needed(args, layout: dict):
     """A function that gives the LLM, loaded when it is first called (a finished text table needs none), and Layout."""
-    load = functools.cache(lambda: load_lm(args.lm, args.dtype or "float32", args.device, random=args.without == "pretraining"))
+    load = functools.cache(lambda: load_lm(args.lm, args.dtype or "float32", args.device,
+                                           random=args.without == "pretraining"))
     return lambda: (load()[0], Layout.build(layout, load()[1], m=args.tokens, without=args.without))
 
 
